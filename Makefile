@@ -1,0 +1,56 @@
+# The two commands of the README: `make pretrain` and `make test`. Everything else is a part of them.
+# A second call of either starts at once: .venv is made again only when pyproject.toml or constraints.txt change.
+
+PYTHON312 := $(shell launch/find_python.sh)
+VENV := .venv
+PY := $(VENV)/bin/python
+RUNS := runs
+TINY_CORPUS := corpora/sotu_tiny
+TINY_TOKENIZER := corpora/sotu_tiny_tokenizer.json
+SAMPLE := data_pipeline/samples/sotu.jsonl.xz
+NPROC ?= 2
+RUN_DIR ?= $(RUNS)/engram_tiny
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: pretrain resume test test-all lint corpus conformance compare clean
+
+pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks
+	$(PY) launch/train.py engram_tiny --nproc-per-node $(NPROC) \
+	    run_dir=$(RUN_DIR) data.corpus=$(TINY_CORPUS) parallel.expert=$(NPROC) $(ARGS)
+
+test: $(VENV)/.installed  ## the test suite, without the tests marked slow
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed  ## every test
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+compare: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## engram_tiny against its MoE twin of equal parameters, 3 seeds
+	$(PY) launch/compare_budget.py --corpus $(TINY_CORPUS) --nproc-per-node $(NPROC) --out $(RUNS)/compare $(ARGS)
+
+corpus: $(VENV)/.installed  ## the shipped text with the DeepSeek-V3 tokenizer
+	$(PY) launch/build_corpus.py $(SAMPLE) corpora/sotu_deepseek_v3 --tokenizer deepseek-v3
+
+$(TINY_TOKENIZER): $(SAMPLE) | $(VENV)/.installed
+	@mkdir -p corpora
+	$(PY) launch/train_tokenizer.py $(SAMPLE) $@ --vocab-size 4096
+
+$(TINY_CORPUS)/corpus.json: $(TINY_TOKENIZER) | $(VENV)/.installed
+	@rm -rf $(TINY_CORPUS)
+	$(PY) launch/build_corpus.py $(SAMPLE) $(TINY_CORPUS) --tokenizer $(TINY_TOKENIZER)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON312)" || { echo "No Python 3.12 found. Install one (for example 'pyenv install 3.12' or 'uv python install 3.12') and run make again." >&2; exit 1; }
+	@echo "installing into $(VENV) with $(PYTHON312) (about two minutes, 5 GB: torch brings its CUDA libraries)"
+	$(PYTHON312) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:  ## remove what make built, keep runs
+	rm -rf $(VENV) corpora

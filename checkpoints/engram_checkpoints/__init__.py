@@ -1,0 +1,1 @@
+"""Checkpoints of a run, from one parallel layout to another."""

@@ -1,0 +1,157 @@
+"""The backbone's part of a checkpoint: weights and optimizer state in megatron-core's `torch_dist` format.
+
+Every tensor is stored under its global name with its global shape and offset, nothing of the rank count:
+
+    <parameter>                              layers numbered over the model, experts over all ranks
+    optimizer.<state>.<parameter>            momentum_buffer | exp_avg, exp_avg_sq | master (bfloat16 runs)
+    num_steps                                updates done, once
+
+Weights that megatron-core fuses are stored apart: a gated feed-forward's `linear_fc1.weight_w` (gate) and `_v` (up).
+A folder is whole only when the caller has marked it so: nothing here tells a torn save from a finished one.
+All functions are collective over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+
+from engram_megatron import platform
+from engram_megatron.errors import UsageError
+from engram_megatron.optimizer.backbone import BackboneOptimizer
+
+_OPTIMIZER_PREFIX = "optimizer."
+
+
+def save_backbone(folder: Path, model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer) -> None:
+    """Write the weights of all ranks and the optimizer's state into `folder`, which is made if it is not there."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    state = _sharded_state(model_chunks, optimizer)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=_InProcessSave())
+
+
+class _InProcessSave(TorchDistSaveShardedStrategy):
+    """`torch_dist` files written by this process and flushed to disk before `save` returns.
+
+    megatron-core 0.19.2's own synchronous save is its asynchronous one waited for: it spawns a helper process on every
+    rank, which a daemonic process may not do and which imports the program's main module anew. The files are the same.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        """Called by `dist_checkpointing.save` with the sharded tensors and objects of this rank."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        writer = FileSystemWriter(checkpoint_dir, sync_files=True)
+        save_state_dict(mcore_to_pyt_state_dict(by_key, False), storage_writer=writer, planner=planner)
+
+
+def load_backbone(folder: Path, model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer) -> None:
+    """Resume: read what `save_backbone` wrote into the chunks and the optimizer, bit for bit.
+
+    Raises `UsageError` on every rank where the folder holds no checkpoint, lacks a tensor that the model has, has a
+    tensor that the model lacks, or holds one of another shape; then nothing was changed.
+    """
+    _check(folder, _sharded_state(model_chunks, optimizer), ignored_prefix=None)
+    loaded = dist_checkpointing.load(_sharded_state(model_chunks, optimizer), str(folder))
+    _load_weights(model_chunks, loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+
+
+def load_backbone_weights(folder: Path, model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer) -> None:
+    """Start from the weights of another run: read the weights alone; the optimizer's state stays as it is.
+
+    The optimizer takes its masters from the weights that were read. Raises as `load_backbone` does.
+    """
+    _check(folder, _sharded_state(model_chunks, None), ignored_prefix=_OPTIMIZER_PREFIX)
+    loaded = dist_checkpointing.load(_sharded_state(model_chunks, None), str(folder))
+    _load_weights(model_chunks, loaded["model"])
+    optimizer.reload_masters()
+
+
+def _sharded_state(model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer | None) -> dict[str, Any]:
+    # singleton_local_shards: one key per layer and expert, no axis of layers or experts put before the tensor's own.
+    # Keys then name what they hold, and any other layout asks for whole keys.
+    metadata = {
+        "singleton_local_shards": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model = {
+        f"chunk{number}": _unwrapped(chunk).sharded_state_dict(metadata=metadata)
+        for number, chunk in enumerate(model_chunks)
+    }
+    state: dict[str, Any] = {"model": model}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(model)
+    return state
+
+
+def _load_weights(model_chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(model_chunks):
+        _unwrapped(chunk).load_state_dict(loaded[f"chunk{number}"])
+
+
+def _unwrapped(chunk: nn.Module) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _check(folder: Path, state: dict[str, Any], *, ignored_prefix: str | None) -> None:
+    """Raise `UsageError` on all ranks for the first tensor that does not fit, before anything is read."""
+    present = dist_checkpointing.check_is_distributed_checkpoint(str(folder))
+    _raise_first(None if present else f"{folder} holds no backbone checkpoint (metadata.json is missing)")
+    stored = {key: value.global_shape for key, value in dist_checkpointing.load_tensors_metadata(str(folder)).items()}
+    apply_factories(state)
+    wanted = {v.key: v.global_shape for v in nested_values(state) if isinstance(v, ShardedTensor)}
+    _raise_first(_first_misfit(folder, wanted, stored))
+    if ignored_prefix is not None:
+        stored = {key: shape for key, shape in stored.items() if not key.startswith(ignored_prefix)}
+    _raise_first(_first_unused(folder, set(wanted), sorted(stored)))
+
+
+def _first_misfit(folder: Path, wanted: dict[str, tuple[int, ...]], stored: dict[str, tuple[int, ...]]) -> str | None:
+    for key, shape in sorted(wanted.items()):
+        if key not in stored:
+            return f"{folder} has no tensor {key}, which this model has with shape {tuple(shape)}: other configuration?"
+        if tuple(stored[key]) != tuple(shape):
+            return f"{folder}: {key} has shape {tuple(stored[key])}, this model needs {tuple(shape)}"
+    return None
+
+
+def _first_unused(folder: Path, wanted: set[str], stored: list[str]) -> str | None:
+    """The first stored tensor that no rank wants; the same answer on every rank."""
+    used = torch.tensor([key in wanted for key in stored], dtype=torch.int32, device=platform.device())
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    unused = [key for key, flag in zip(stored, used.tolist(), strict=True) if not flag]
+    if not unused:
+        return None
+    return f"{folder} has {unused[0]} and {len(unused) - 1} more tensors that this model lacks: other configuration?"
+
+
+def _raise_first(problem: str | None) -> None:
+    """Raise the problem of the lowest rank that has one, on all ranks: nobody waits for a rank that gave up."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise UsageError(found)

@@ -1,0 +1,1 @@
+"""From token ids to rows: vocabulary projection V -> V', head sizes (primes), n-gram hash."""

@@ -1,0 +1,1 @@
+"""The network: the backbone's layers and the Engram layer that feeds it memory."""

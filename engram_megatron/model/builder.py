@@ -1,0 +1,89 @@
+"""Builds this rank's part of the model on megatron-core's GPTModel.
+
+GPTModel is marked deprecated in megatron-core 0.19 in favour of HybridModel, whose attention needs Transformer
+Engine; this file is the only one that knows which of them carries the backbone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor, nn
+
+from engram_megatron.config import RunConfig
+from engram_megatron.model.backbone_config import backbone_config
+from engram_megatron.model.initialization import initialize_weights
+from engram_megatron.model.layer_specs import block_submodules
+
+
+class EngramModel(GPTModel):
+    """GPTModel that takes token ids, document ids and memory, and returns logits."""
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens_BT: Tensor,
+        document_ids_BT: Tensor | None,
+        memory_LTBE: Tensor | None,
+        memory_document_ids_BT: Tensor | None,
+    ) -> Tensor:
+        """Logits [B, T, V] on the last pipeline stage, hidden states [T, B, M*C] on the others.
+
+        Args:
+            tokens_BT: int64 ids.
+            document_ids_BT: int32, equal numbers are one document, attention stays inside; None: one document.
+            memory_LTBE: rows of every Engram layer of the model, heads side by side; None without Engram.
+            memory_document_ids_BT: where the convolution restarts; None: it runs across documents.
+        """
+        return super().forward(
+            tokens_BT,
+            position_ids=None,
+            attention_mask=document_ids_BT,
+            extra_block_kwargs={"context": memory_LTBE, "context_mask": memory_document_ids_BT},
+        )
+
+
+def build_model(config: RunConfig, *, initialize: bool = True) -> EngramModel:
+    """This pipeline stage's model, initialised unless told otherwise (or under the meta device).
+
+    megatron-core's parallel state must be initialised.
+    """
+    megatron = backbone_config(config)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    per_stage = config.model.num_layers // config.parallel.pipeline
+    first = get_transformer_layer_offset(megatron, None, stage) + 1
+    model = EngramModel(
+        config=megatron,
+        transformer_layer_spec=block_submodules(config, first, per_stage),
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.data.sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=False,
+        parallel_output=True,
+    )
+    if initialize and not any(parameter.is_meta for parameter in model.parameters()):
+        initialize_weights(model, seed=config.training.seed, std=config.model.init_std)
+    return model
+
+
+def wrap_data_parallel(model: EngramModel, dtype: torch.dtype) -> nn.Module:
+    """megatron-core's DistributedDataParallel: gradients summed (not averaged) over replicas, in float32 at least.
+
+    Sums, because the loss is divided by the global number of tokens, which is known only after the step.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype is torch.bfloat16,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped: Any = DistributedDataParallel(model.config, ddp, model)
+    wrapped.broadcast_params()
+    return wrapped

@@ -1,0 +1,122 @@
+"""The Engram layer: memory rows in, an update of the residual streams out.
+
+Shape letters: T positions, B sequences, M residual streams, C hidden width, E memory width (all heads together),
+K taps of the convolution. Sequence first. The layer is given its memory and does not know where the rows came from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engram_kernels.reference import engram_gate, short_conv
+
+
+class ConstantWeight(nn.Module):
+    """One parameter `weight` that starts at a constant: a norm's scale (1) or a silent branch (0)."""
+
+    def __init__(self, shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device | str | None):
+        super().__init__()
+        self.value = value
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.value)
+
+
+class EngramLayer(nn.Module):
+    """Conditional memory (Engram, arXiv 2601.07372, Eq. 3 to 6): project, gate by the hidden state, convolve.
+
+    update = gated + SiLU(conv(RMSNorm(gated))), gated^(m) = gate^(m) * value, one value and M keys from one matrix.
+
+    Parameters, each absent where its part is switched off:
+      key_value.weight  [(1 + M) * C, E]  rows: value, then the keys stream by stream; [C, E] without the gate
+      key_value.bias    [(1 + M) * C]     only with `bias` (the demo's variant)
+      norm_query.weight, norm_key.weight, norm_conv.weight  [M, C]
+      short_conv.weight [M * C, 1, K]     zero at the start: the convolution's branch is silent, the gated value not
+
+    `norm_eps` belongs to the gate's two norms, `conv_norm_eps` to the convolution's; None means the machine epsilon
+    of the compute type. Give the convolution a real epsilon (the demo's is 1e-5) if memory can be exactly zero: see
+    `engram_kernels.reference.short_conv`.
+
+    `last_gate_mean`: mean gate of each stream over the last forward's tokens, float32 [M], detached, on the layer's
+    device; None before the first forward and without the gate.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        memory_dim: int,
+        num_streams: int,
+        conv_kernel_size: int,
+        conv_dilation: int,
+        gate: bool,
+        conv: bool,
+        bias: bool,
+        norm_eps: float | None,
+        conv_norm_eps: float | None,
+        init_std: float,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`init_std` is that of the key and value projection. On a device other than "meta" parameters are set."""
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_streams = num_streams
+        self.conv_dilation = conv_dilation
+        self.norm_eps = norm_eps
+        self.conv_norm_eps = conv_norm_eps
+        self.init_std = init_std
+        self.last_gate_mean: Tensor | None = None
+        outputs = hidden_size * (1 + num_streams) if gate else hidden_size
+        # nn.Linear would draw its own initial weights from the caller's random stream; skip_init does not
+        self.key_value = nn.utils.skip_init(
+            nn.Linear, memory_dim, outputs, bias=bias, dtype=dtype, device=device or torch.get_default_device()
+        )
+        streams = (num_streams, hidden_size)
+        self.norm_query = ConstantWeight(streams, 1.0, dtype, device) if gate else None
+        self.norm_key = ConstantWeight(streams, 1.0, dtype, device) if gate else None
+        self.norm_conv = ConstantWeight(streams, 1.0, dtype, device) if conv else None
+        taps = (num_streams * hidden_size, 1, conv_kernel_size)
+        self.short_conv = ConstantWeight(taps, 0.0, dtype, device) if conv else None
+        if not self.key_value.weight.is_meta:
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every parameter to its start: projection N(0, init_std^2), biases and taps 0, scales 1."""
+        nn.init.normal_(self.key_value.weight, mean=0.0, std=self.init_std)
+        if self.key_value.bias is not None:
+            nn.init.zeros_(self.key_value.bias)
+        for part in (self.norm_query, self.norm_key, self.norm_conv, self.short_conv):
+            if part is not None:
+                part.reset_parameters()
+
+    def forward(self, hidden_TBMC: Tensor, memory_TBE: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+        """The update_TBMC that the caller adds to the residual streams, in memory's dtype.
+
+        `document_ids_BT` (integers, equal neighbours = same document) keeps the convolution within documents; None
+        lets it see the whole sequence.
+        """
+        T, B, M, C = hidden_TBMC.shape
+        assert (self.num_streams, self.hidden_size) == (M, C)
+        key_value = self.key_value(memory_TBE)
+        value_TBC = key_value[..., :C]
+        if self.norm_query is not None and self.norm_key is not None:
+            key_TBMC = key_value[..., C:].view(T, B, M, C)
+            gated_TBMC, gate_TBM = engram_gate(
+                hidden_TBMC, key_TBMC, value_TBC, self.norm_query.weight, self.norm_key.weight, self.norm_eps
+            )
+            self.last_gate_mean = gate_TBM.detach().mean(dim=(0, 1)).float()
+        else:
+            gated_TBMC = value_TBC.unsqueeze(2).expand(T, B, M, C)
+        if self.norm_conv is None or self.short_conv is None:
+            return gated_TBMC
+        return gated_TBMC + short_conv(
+            gated_TBMC,
+            self.norm_conv.weight,
+            self.short_conv.weight,
+            self.conv_norm_eps,
+            self.conv_dilation,
+            document_ids_BT,
+        )

@@ -1,0 +1,80 @@
+"""Which module stands where in a decoder layer, as megatron-core's ModuleSpecs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from engram_megatron import platform
+from engram_megatron.config import RunConfig
+from engram_megatron.model.core_attention import SdpaCoreAttention
+from engram_megatron.model.latent_attention import LatentSelfAttention
+from engram_megatron.model.rms_norm import RMSNorm
+from engram_megatron.model.transformer_layer import EngramSubmodules, EngramTransformerLayer
+
+
+def block_submodules(config: RunConfig, first_layer: int, num_layers: int) -> TransformerBlockSubmodules:
+    """The layers `first_layer` (1-based) to `first_layer + num_layers - 1` of the model."""
+    moe = config.model.moe
+    num_dense = config.model.num_layers if moe is None else moe.num_leading_dense_layers
+    layers = [
+        _layer(config, is_dense=number <= num_dense) for number in range(first_layer, first_layer + num_layers)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm())
+
+
+def _backend() -> Any:
+    """Transformer Engine's linear layers on a GPU machine that has it, megatron-core's elsewhere."""
+    if platform.has_transformer_engine():
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    return LocalSpecProvider()
+
+
+def _norm() -> Any:
+    return _backend().layer_norm(rms_norm=True) if platform.has_transformer_engine() else RMSNorm
+
+
+def _layer(config: RunConfig, *, is_dense: bool) -> ModuleSpec:
+    backend, norm = _backend(), _norm()
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    attention = ModuleSpec(
+        module=LatentSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_proj=column,
+            linear_q_down_proj=column,
+            linear_q_up_proj=column,
+            linear_kv_down_proj=column,
+            linear_kv_up_proj=column,
+            core_attention=SdpaCoreAttention,
+            linear_proj=row,
+            q_layernorm=norm,  # built only when queries are compressed
+            kv_layernorm=norm,
+        ),
+    )
+    if is_dense:
+        feed_forward = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+    else:
+        assert config.model.moe is not None
+        feed_forward = get_moe_module_spec_for_backend(backend, num_experts=config.model.moe.num_experts)
+    return ModuleSpec(
+        module=EngramTransformerLayer,
+        submodules=EngramSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            pre_mlp_layernorm=norm,
+            mlp=feed_forward,
+            mhc=config.model.mhc,
+            engram=config.engram,
+        ),
+    )

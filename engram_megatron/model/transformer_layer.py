@@ -1,0 +1,153 @@
+"""One block of an Engram model: memory, attention and feed-forward around M residual streams.
+
+    X <- X + Engram(X, memory)                      at the chosen layers
+    X <- H_res X + H_post^T Attention(norm(H_pre X))
+    X <- H_res X + H_post^T FFN(norm(H_pre X))
+
+Between blocks (and pipeline stages) the streams travel as one tensor [T, B, M*C]; the first block of the model expands
+the embedding, the last one contracts. The rows of memory reach the block as megatron-core's cross-attention
+`context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that recomputation and interleaved
+microbatches cannot mix them up. Shape legend: L Engram layers of the model, E memory width, others as in
+`hyper_connection`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from engram_megatron import platform
+from engram_megatron.config import EngramConfig, HyperConnectionConfig
+from engram_megatron.model.engram_layer import EngramLayer
+from engram_megatron.model.hyper_connection import (
+    HyperConnection,
+    contract_streams,
+    expand_streams,
+    stream_cosine,
+)
+
+
+@dataclass
+class EngramSubmodules(TransformerLayerSubmodules):
+    """megatron-core's submodules of a layer, and what this project adds."""
+
+    mhc: HyperConnectionConfig = HyperConnectionConfig()
+    engram: EngramConfig | None = None
+
+
+class EngramTransformerLayer(TransformerLayer):
+    """A decoder layer with hyper-connections and, at the layers that the config names, conditional memory."""
+
+    def __init__(self, config: Any, submodules: EngramSubmodules, layer_number: int = 1, **kwargs: Any) -> None:
+        super().__init__(config, submodules, layer_number, **kwargs)
+        self.num_streams = submodules.mhc.num_streams
+        engram = submodules.engram
+        has_memory = engram is not None and self.layer_number in engram.layer_numbers
+        self.memory_index = engram.layer_numbers.index(self.layer_number) if engram and has_memory else None
+        self.multi_branch = engram is not None and engram.multi_branch and self.num_streams > 1
+        self.cut_at_documents = engram is not None and engram.cut_at_documents
+        if engram is not None and has_memory:
+            self.engram = _build_engram(engram, config, self.num_streams if self.multi_branch else 1)
+        if self.num_streams > 1:
+            self.mhc_attention = _build_mhc(submodules.mhc, config, self.layer_number)
+            self.mhc_mlp = _build_mhc(submodules.mhc, config, self.layer_number)
+        self.last_stream_cosine: Tensor | None = None
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        **_unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block.
+
+        Args:
+            hidden_states: [T, B, C] at the model's first block, else [T, B, M*C].
+            attention_mask: document ids int32 [B, T] for attention, or None.
+            context: memory of all Engram layers [L, T, B, E], or None.
+            context_mask: document ids int32 [B, T] for windows and convolution, or None.
+
+        Returns:
+            [T, B, M*C] ([T, B, C] after the model's last block), and `context` for the next block.
+        """
+        if self.layer_number == 1:
+            hidden_states = expand_streams(hidden_states, self.num_streams)
+        streams = hidden_states.unflatten(-1, (self.num_streams, -1))
+        memory_TBE = None
+        if self.memory_index is not None:
+            assert context is not None, f"layer {self.layer_number} needs memory"
+            memory_TBE = context[self.memory_index]
+        if memory_TBE is not None and (self.multi_branch or self.num_streams == 1):
+            streams = streams + self.engram(streams, memory_TBE, context_mask)
+            memory_TBE = None
+        streams = self._attention(streams, attention_mask, memory_TBE, context_mask)
+        streams = self._feed_forward(streams, padding_mask)
+        if self.num_streams > 1 and self.training:
+            stride = max(1, streams.shape[0] // 16)  # a sample of positions is enough for a trend
+            self.last_stream_cosine = stream_cosine(streams[::stride])
+        is_last = self.layer_number == self.config.num_layers
+        output = contract_streams(streams) if is_last else streams.flatten(-2)
+        return make_viewless_tensor(output, requires_grad=True, keep_graph=True), context
+
+    def _attention(
+        self, streams: Tensor, documents: Tensor | None, memory_TBE: Tensor | None, memory_documents: Tensor | None
+    ) -> Tensor:
+        """Attention as a sub-layer. `memory_TBE` is given in the ablation without multiple branches only: memory is
+        then fused once, into the hidden state after H_pre, and reaches the streams with attention's output."""
+        hidden, mixing = self.mhc_attention(streams) if self.num_streams > 1 else (streams.squeeze(-2), None)
+        update = None
+        if memory_TBE is not None:
+            update = self.engram(hidden.unsqueeze(-2), memory_TBE, memory_documents).squeeze(-2)
+            hidden = hidden + update
+        output, bias = self.self_attention(self.input_layernorm(hidden), attention_mask=documents)
+        assert bias is None, "Engram models have no bias in linear layers"
+        if update is not None:
+            output = output + update
+        return mixing.merge(streams, output) if mixing is not None else streams + output.unsqueeze(-2)
+
+    def _feed_forward(self, streams: Tensor, padding_mask: Tensor | None) -> Tensor:
+        hidden, mixing = self.mhc_mlp(streams) if self.num_streams > 1 else (streams.squeeze(-2), None)
+        extra = {"padding_mask": padding_mask} if self.is_moe_layer else {}
+        output, bias = self.mlp(self.pre_mlp_layernorm(hidden), **extra)
+        assert bias is None, "Engram models have no bias in linear layers"
+        return mixing.merge(streams, output) if mixing is not None else streams + output.unsqueeze(-2)
+
+
+def _build_mhc(mhc: HyperConnectionConfig, config: Any, layer_number: int) -> HyperConnection:
+    return HyperConnection(
+        mhc,
+        hidden_size=config.hidden_size,
+        home_stream=layer_number % mhc.num_streams,
+        norm_eps=config.layernorm_epsilon,
+        dtype=config.params_dtype,
+        sequence_parallel=config.sequence_parallel,
+    )
+
+
+def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> EngramLayer:
+    layer = EngramLayer(
+        hidden_size=config.hidden_size,
+        memory_dim=engram.memory_dim,
+        num_streams=num_streams,
+        conv_kernel_size=engram.conv_kernel_size,
+        conv_dilation=engram.max_ngram_order,
+        gate=engram.gate,
+        conv=engram.conv,
+        bias=engram.bias,
+        norm_eps=engram.norm_eps,
+        conv_norm_eps=engram.norm_eps,
+        init_std=config.init_method_std,
+        dtype=config.params_dtype,
+        device=platform.device(),
+    )
+    for parameter in layer.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return layer
+

@@ -1,0 +1,89 @@
+"""Which shard owns which rows. Arithmetic only: no memory, no communication.
+
+Rows are cut into blocks of `block_rows` consecutive rows (the last may be shorter), and block b goes to shard
+b % num_shards, so that no shard owns the hot heads alone. A shard stores its blocks one after another; only the last
+block of the space is short, and it is the last of its shard, so local rows are numbered without holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engram_megatron.errors import UsageError
+
+
+class Block(NamedTuple):
+    """Rows start .. stop - 1 of the joined row space, stored from `local_start` on in their owner's shard."""
+
+    number: int
+    start: int
+    stop: int
+    local_start: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def local(self) -> slice:
+        """The block's rows in its owner's arrays."""
+        return slice(self.local_start, self.local_start + self.num_rows)
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Block-cyclic dealing of rows 0 .. total_rows - 1 to shards 0 .. num_shards - 1.
+
+    Raises `UsageError` for sizes below one. A shard may own nothing (more shards than blocks).
+    """
+
+    total_rows: int
+    block_rows: int
+    num_shards: int
+
+    def __post_init__(self) -> None:
+        for name in ("total_rows", "block_rows", "num_shards"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"table layout: {name} = {getattr(self, name)} must be at least 1")
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.total_rows // self.block_rows)
+
+    def owner(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Shard that owns each row id (int64, any shape)."""
+        return rows // self.block_rows % self.num_shards
+
+    def local_index(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Place of each row id within its owner's arrays (int64, any shape)."""
+        block, offset = np.divmod(rows, self.block_rows)
+        return block // self.num_shards * self.block_rows + offset
+
+    def global_row(self, shard: int, local: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row id of each local row of `shard`; the inverse of `owner` and `local_index` together."""
+        local_block, offset = np.divmod(local, self.block_rows)
+        return (local_block * self.num_shards + shard) * self.block_rows + offset
+
+    def num_local_blocks(self, shard: int) -> int:
+        return max(0, -(-(self.num_blocks - shard) // self.num_shards))
+
+    def num_local_rows(self, shard: int) -> int:
+        """Rows that `shard` stores."""
+        owned = self.num_local_blocks(shard)
+        if owned == 0:
+            return 0
+        last = shard + (owned - 1) * self.num_shards
+        missing = max(0, (last + 1) * self.block_rows - self.total_rows)
+        return owned * self.block_rows - missing
+
+    def blocks(self, shard: int) -> Iterator[Block]:
+        """The shard's blocks in the order in which it stores them."""
+        for local_block, number in enumerate(range(shard, self.num_blocks, self.num_shards)):
+            start = number * self.block_rows
+            stop = min(start + self.block_rows, self.total_rows)
+            yield Block(number, start, stop, local_block * self.block_rows)

@@ -1,0 +1,1 @@
+"""Where everything meets: process groups, the training step, checkpoints, logs. Start at `trainer.py`."""

@@ -1,0 +1,97 @@
+"""Saving and loading a run: the backbone, the tables, and the state of training.
+
+    step_00000100/
+      backbone/          megatron-core distributed checkpoint: weights, optimizer state, router biases
+      tables.zarr/       rows and their Adam moments (absent without Engram)
+      train_state.json   step, tokens seen, layout, corpus fingerprint, hash identity, the full config
+      COMPLETE           written last; a folder without it does not exist for a resume
+
+The data order is a pure function of the step and the model has no dropout, so nothing else is state.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from engram_checkpoints import tables
+from engram_checkpoints.backbone import load_backbone, load_backbone_weights, save_backbone
+from torch import nn
+
+from engram_megatron.config import RunConfig
+from engram_megatron.optimizer.backbone import BackboneOptimizer
+from engram_megatron.overrides import to_dict
+from engram_megatron.training.conditional_memory import ConditionalMemory
+from engram_megatron.training.parallel import Ranks
+from engram_megatron.training.run_folder import COMPLETE, RunFolder
+from engram_megatron.training.train_state import TrainState
+
+BACKBONE, TABLES = "backbone", "tables.zarr"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpointer:
+    """Saves and loads one run. Every method is collective over all ranks."""
+
+    folder: RunFolder
+    config: RunConfig
+    ranks: Ranks
+    model: nn.Module
+    optimizer: BackboneOptimizer
+    memory: ConditionalMemory | None
+    corpus_fingerprint: str
+
+    def save(self, step: int, tokens_seen: int) -> Path:
+        """Write the checkpoint of `step`; nothing counts before COMPLETE stands in it."""
+        path = self.folder.checkpoint(step)
+        if self.ranks.is_first:
+            if path.exists():  # what a killed run left half-written
+                (path / COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(path)
+            path.mkdir(parents=True)
+            if self.memory is not None:
+                tables.create(path / TABLES, self.memory.shard)
+        self._barrier()
+        save_backbone(path / BACKBONE, [self.model], self.optimizer)
+        if self.memory is not None:
+            tables.write_shard(path / TABLES, self.memory.shard)
+        self._barrier()
+        if self.ranks.is_first:
+            self._state(step, tokens_seen).write(path)
+            (path / COMPLETE).touch()
+            self.folder.remove_old_checkpoints(self.config.checkpoint.keep_last)
+        self._barrier()
+        return path
+
+    def load(self, path: Path) -> TrainState:
+        """Continue from `path`, bit for bit (`preflight` has compared configs and hash identities).
+
+        Raises:
+            UsageError: a tensor or chunk is missing, damaged or of another shape.
+        """
+        state = TrainState.read(path)
+        load_backbone(path / BACKBONE, [self.model], self.optimizer)
+        if self.memory is not None:
+            tables.load_shard(path / TABLES, self.memory.shard)
+        return state
+
+    def load_weights(self, path: Path) -> None:
+        """Take weights and table rows of `path`; the optimizer, the step and the data start anew."""
+        load_backbone_weights(path / BACKBONE, [self.model], self.optimizer)
+        if self.memory is not None:
+            tables.load_shard(path / TABLES, self.memory.shard, weights_only=True)
+
+    def _state(self, step: int, tokens_seen: int) -> TrainState:
+        return TrainState(
+            step=step,
+            tokens_seen=tokens_seen,
+            world_size=self.ranks.world_size,
+            corpus_fingerprint=self.corpus_fingerprint,
+            hash_identity=None if self.memory is None else self.memory.hasher.identity(),
+            config=to_dict(self.config),
+        )
+
+    def _barrier(self) -> None:
+        dist.barrier(group=self.ranks.host_group)

@@ -1,0 +1,82 @@
+"""The memory of a run: from token ids to rows in the model, and from gradients to updated rows.
+
+Shape legend: B sequences, T positions, L Engram layers, H heads of a layer, D row_dim, E = H * D memory width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from engram_data.batch import Batch
+
+from engram_megatron.config import RunConfig
+from engram_megatron.gather.lookup import PendingRows, RowLookup, UniqueRows
+from engram_megatron.gather.transport import all_ranks_transport
+from engram_megatron.hashing.ngram_hasher import NgramHasher
+from engram_megatron.model.backbone_config import TORCH_DTYPE
+from engram_megatron.optimizer.row_adam import RowAdam
+from engram_megatron.tables.row_gradients import RowGradients
+from engram_megatron.tables.row_layout import RowLayout
+from engram_megatron.tables.table_shard import TableShard
+from engram_megatron.training.parallel import Ranks
+
+
+class ConditionalMemory:
+    """This rank's shard of the tables, and what fetches, differentiates and updates rows of all of them."""
+
+    def __init__(self, config: RunConfig, hasher: NgramHasher, ranks: Ranks, *, shards_on_host: int = 1) -> None:
+        """Collective over all ranks. Rows are left at zero: call `initialize` or load a checkpoint.
+
+        Raises:
+            UsageError: the host's memory does not hold its shards.
+        """
+        assert config.engram is not None
+        self.engram = config.engram
+        self.dtype = TORCH_DTYPE[config.training.dtype]
+        self.hasher = hasher
+        layout = RowLayout(hasher.total_rows, config.engram.block_rows, ranks.world_size)
+        row_dim, dtype = config.engram.row_dim, config.engram.table_dtype
+        self.shard = TableShard(layout, ranks.rank, row_dim, dtype, shards_on_host=shards_on_host)
+        dist.barrier(group=ranks.host_group)  # every rank of a host judged the same free memory
+        self.lookup = RowLookup(
+            self.shard, layout, all_ranks_transport(timeout_s=config.parallel.collective_timeout_s)
+        )
+        optimizer = config.optimizer
+        self.adam = RowAdam(
+            self.shard, beta1=optimizer.adam_beta1, beta2=optimizer.adam_beta2, eps=optimizer.adam_eps
+        )
+        self.learning_rate_multiplier = optimizer.table_learning_rate_multiplier
+
+    def initialize(self, seed: int) -> None:
+        """Fill the shard with its initial rows, a function of (seed, row id)."""
+        self.shard.initialize(seed, self.engram.init_std)
+
+    def start(self, batches: Sequence[Batch]) -> PendingRows:
+        """Hash the microbatches of a step and begin to fetch their distinct rows. Collective over all ranks."""
+        ids_NLBTH = np.stack(
+            [
+                self.hasher.rows(batch.tokens, batch.document_ids if self.engram.cut_at_documents else None)
+                for batch in batches
+            ]
+        )
+        return self.lookup.start(ids_NLBTH)
+
+    def of_microbatch(self, rows: UniqueRows, index: int) -> torch.Tensor:
+        """Memory [L, T, B, E] of microbatch `index`, in the model's dtype, differentiable back to the rows."""
+        memory_LBTHD = rows.expand(index)
+        return memory_LBTHD.transpose(1, 2).flatten(-2).to(self.dtype)
+
+    def return_gradients(self, rows: UniqueRows) -> RowGradients:
+        """Bring the gradients of a step to the rows' owners. Collective over all ranks."""
+        return self.lookup.return_gradients(rows)
+
+    def gradient_norm_squared(self, gradients: RowGradients) -> float:
+        """Of this rank's own rows: summed over all ranks, every table gradient counts once."""
+        return self.adam.gradient_norm_squared(gradients)
+
+    def step(self, gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
+        """Dense Adam over this rank's rows at the tables' multiple of `learning_rate`, without weight decay."""
+        self.adam.step(gradients, learning_rate * self.learning_rate_multiplier, gradient_scale)

@@ -1,0 +1,92 @@
+"""What a run tells: TensorBoard, the same numbers as JSON lines, and one progress line per logged step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from engram_megatron.training.run_folder import RunFolder
+
+
+class MetricsLog:
+    """Writes the numbers of a step. Exists on the first rank only.
+
+    After a resume, steps that the broken-off run had logged beyond the checkpoint are dropped from `metrics.jsonl`
+    and hidden in TensorBoard (`purge_step`), so that curves do not overlap.
+    """
+
+    def __init__(self, folder: RunFolder, *, first_step: int, num_steps: int, output: TextIO) -> None:
+        self.num_steps = num_steps
+        self.output = output
+        self.started = time.monotonic()
+        self.first_step = first_step
+        _drop_lines_from(folder, first_step)
+        self.lines = folder.metrics_file.open("a", buffering=1)
+        self.board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1 if first_step else None)
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Log `values` (TensorBoard tags to numbers) of step `step` (1-based: after the update) and print a line."""
+        self._write(step, values)
+        self.output.write(_progress(step, self.num_steps, values, self._eta(step)) + "\n")
+        self.output.flush()
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the validation numbers after `step` updates and print a line."""
+        self._write(step, values)
+        self.say(f"step {step:>6}/{self.num_steps} | validation loss {values['validation/loss']:.4f}")
+
+    def text(self, tag: str, value: str) -> None:
+        """A text panel in TensorBoard."""
+        self.board.add_text(tag, value)
+
+    def say(self, line: str) -> None:
+        self.output.write(line + "\n")
+        self.output.flush()
+
+    def close(self) -> None:
+        self.board.close()
+        self.lines.close()
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        record: dict[str, Any] = {"step": step, **values}
+        self.lines.write(json.dumps(record) + "\n")
+        for tag, value in values.items():
+            self.board.add_scalar(tag, value, step)
+
+    def _eta(self, step: int) -> float:
+        done = step - self.first_step
+        return (time.monotonic() - self.started) / max(done, 1) * (self.num_steps - step)
+
+
+def _drop_lines_from(folder: RunFolder, first_step: int) -> None:
+    if not folder.metrics_file.exists():
+        return
+    kept = []
+    for line in folder.metrics_file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue  # the last line of a killed run
+    temporary = folder.metrics_file.with_suffix(".partial")
+    temporary.write_text("".join(kept))
+    temporary.replace(folder.metrics_file)
+
+
+def _progress(step: int, num_steps: int, values: Mapping[str, float], eta_s: float) -> str:
+    minutes, seconds = divmod(int(eta_s), 60)
+    parts = [
+        f"step {step:>6}/{num_steps}",
+        f"loss {values['train/loss']:.4f}",
+        f"grad norm {values['train/grad_norm']:.3f}",
+        f"lr {values['train/learning_rate']:.2e}",
+        f"{values['perf/tokens_per_second']:,.0f} tok/s",
+        f"eta {minutes}:{seconds:02d}",
+    ]
+    if "gather/unique_ratio" in values:
+        parts.insert(-1, f"unique rows {values['gather/unique_ratio']:.0%}")
+    return " | ".join(parts)

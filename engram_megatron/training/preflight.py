@@ -1,0 +1,114 @@
+"""Everything that can be refused before a rank starts work: config, layout, corpus, run folder, checkpoints.
+
+`launch/train.py` calls it in the process that the user started, so that a mistake costs a second and one line.
+Nothing here writes to disk, makes a process group or imports megatron-core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from engram_data.corpus import Corpus
+from engram_data.stream import TokenStream
+
+from engram_megatron.config import RunConfig
+from engram_megatron.errors import UsageError
+from engram_megatron.hashing.ngram_hasher import NgramHasher
+from engram_megatron.hashing.vocab_projection import build_vocab_projection, identity_projection
+from engram_megatron.optimizer.schedule import learning_rate_schedule
+from engram_megatron.training.layout_support import check_layout_is_supported
+from engram_megatron.training.run_folder import RunFolder
+from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a run reads: both splits of its corpus, the n-gram hash, and where it continues from."""
+
+    train: Corpus
+    validation: Corpus
+    hasher: NgramHasher | None
+    resume_from: Path | None
+
+
+def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
+    """Open and check what the run reads, and the state of its run folder.
+
+    Raises:
+        UsageError, CorpusError: the first thing that cannot work, in one line.
+    """
+    config.validate()
+    check_layout_is_supported(config, world_size)
+    if not config.run_dir:
+        raise UsageError("run_dir is not set: add run_dir=PATH, the folder that this run writes to")
+    if not config.data.corpus:
+        raise UsageError("data.corpus is not set: add data.corpus=PATH, a folder that launch/build_corpus.py made")
+    learning_rate_schedule(config.optimizer, config.training.num_steps)
+    train, validation = (Corpus.open(config.data.corpus, split) for split in ("train", "validation"))
+    _check_vocabulary(config, train)
+    for corpus in (train, validation):
+        _stream(config, corpus)
+    hasher = _hasher(config, train)
+    identity = None if hasher is None else hasher.identity()
+    resume_from = _resume_from(config, resume)
+    if resume_from is not None:
+        state = TrainState.read(resume_from)
+        check_resume(state, config, world_size, train.fingerprint)
+        check_hash_identity(state, identity, resume_from)
+    elif config.checkpoint.init_from:
+        source = Path(config.checkpoint.init_from)
+        check_hash_identity(TrainState.read(source), identity, source)
+    return Inputs(train, validation, hasher, resume_from)
+
+
+def _stream(config: RunConfig, corpus: Corpus) -> TokenStream:
+    return TokenStream(
+        corpus,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        data_rank=0,
+        data_ranks=1,
+        seed=config.data.shuffle_seed,
+    )
+
+
+def _check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
+    if config.data.tokenizer:
+        try:
+            digest = hashlib.sha256(Path(config.data.tokenizer).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UsageError(f"data.tokenizer = {config.data.tokenizer} cannot be read: {error.strerror}") from error
+        if digest != corpus.tokenizer.sha256:
+            raise UsageError(
+                f"{config.data.corpus} was made with tokenizer {corpus.tokenizer.name} (sha256 "
+                f"{corpus.tokenizer.sha256[:12]}), data.tokenizer = {config.data.tokenizer} has {digest[:12]}; rebuild "
+                "the corpus or leave data.tokenizer unset"
+            )
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise UsageError(
+            f"{config.data.corpus} was made with tokenizer {corpus.tokenizer.name} of {corpus.tokenizer.vocab_size} "
+            f"ids, model.vocab_size = {config.model.vocab_size}; use the corpus of this model's tokenizer"
+        )
+
+
+def _hasher(config: RunConfig, corpus: Corpus) -> NgramHasher | None:
+    if config.engram is None:
+        return None
+    if config.engram.compression:
+        projection = build_vocab_projection(corpus.tokenizer_file)
+    else:
+        projection = identity_projection(config.model.vocab_size)
+    return NgramHasher.from_config(config.engram, projection, config.model.vocab_size)
+
+
+def _resume_from(config: RunConfig, resume: bool) -> Path | None:
+    folder = RunFolder(config.run_dir)
+    folder.check_unlocked()
+    if not resume:
+        folder.check_unused()
+        return None
+    complete = folder.complete_checkpoints()
+    return complete[-1] if complete else None

@@ -1,0 +1,226 @@
+"""A whole run on one rank: build, resume, loop, save, close."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engram_data.corpus import Corpus
+from engram_data.stream import TokenStream
+
+from engram_megatron.config import RunConfig
+from engram_megatron.model.backbone_config import TORCH_DTYPE
+from engram_megatron.model.builder import build_model, wrap_data_parallel
+from engram_megatron.optimizer.backbone import build_backbone_optimizer
+from engram_megatron.overrides import to_dict
+from engram_megatron.training import parallel
+from engram_megatron.training.checkpointing import Checkpointer
+from engram_megatron.training.conditional_memory import ConditionalMemory
+from engram_megatron.training.metrics import MetricsLog
+from engram_megatron.training.parallel import Ranks
+from engram_megatron.training.preflight import Inputs, open_inputs
+from engram_megatron.training.run_folder import RunFolder
+from engram_megatron.training.stop_signal import StopSignal
+from engram_megatron.training.trainer import StepResult, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a run ended. Validation losses in nats per token; the first is taken before this process's first step."""
+
+    step: int
+    tokens_seen: int
+    first_validation_loss: float
+    last_validation_loss: float
+    checkpoint: Path
+    stopped_by: str | None
+
+
+@dataclass(eq=False)
+class _Run:
+    """What the loop needs on one rank. `log` exists on the first rank only."""
+
+    config: RunConfig
+    ranks: Ranks
+    folder: RunFolder
+    trainer: Trainer
+    checkpointer: Checkpointer
+    train: TokenStream
+    validation: TokenStream
+    log: MetricsLog | None
+    step: int  # updates done
+    tokens_seen: int
+    saved_step: int = -1
+
+    def say(self, line: str) -> None:
+        if self.log is not None:
+            self.log.say(line)
+
+
+def train(config: RunConfig, *, resume: bool) -> RunSummary:
+    """Train on this rank of the job until `training.num_steps`, or until a stop is asked for. All ranks call it.
+
+    Raises:
+        UsageError, CorpusError: before any work, on every rank alike.
+        NonFiniteLossError: on every rank alike; the last checkpoint stands.
+    """
+    _, world_size, _ = parallel.world_from_environment()
+    inputs = open_inputs(config, world_size, resume=resume)
+    ranks = parallel.initialize(config)
+    folder = RunFolder(config.run_dir)
+    if ranks.is_first:
+        folder.claim(config)
+    dist.barrier(group=ranks.host_group)
+    with StopSignal(folder.path) as stop:
+        run = _build(config, ranks, folder, inputs)
+        summary = _loop(run, stop)
+        if run.log is not None:
+            run.log.close()
+            stop.stop_file.unlink(missing_ok=True)
+    parallel.close()
+    return summary
+
+
+def _build(config: RunConfig, ranks: Ranks, folder: RunFolder, inputs: Inputs) -> _Run:
+    memory = None
+    if inputs.hasher is not None:
+        memory = ConditionalMemory(config, inputs.hasher, ranks, shards_on_host=_ranks_on_this_host(ranks))
+    model = wrap_data_parallel(build_model(config), TORCH_DTYPE[config.training.dtype])
+    optimizer = build_backbone_optimizer([model], config)
+    checkpointer = Checkpointer(folder, config, ranks, model, optimizer, memory, inputs.train.fingerprint)
+    step, tokens_seen = _restore(config, checkpointer, inputs)
+    log = None
+    if ranks.is_first:
+        log = MetricsLog(folder, first_step=step, num_steps=config.training.num_steps, output=sys.stdout)
+        log.text("config", "    " + json.dumps(to_dict(config), indent=2).replace("\n", "\n    "))
+    return _Run(
+        config=config,
+        ranks=ranks,
+        folder=folder,
+        trainer=Trainer(config, ranks, model, optimizer, memory),
+        checkpointer=checkpointer,
+        train=_stream(config, inputs.train, ranks),
+        validation=_stream(config, inputs.validation, ranks),
+        log=log,
+        step=step,
+        tokens_seen=tokens_seen,
+        saved_step=step if inputs.resume_from is not None else -1,
+    )
+
+
+def _restore(config: RunConfig, checkpointer: Checkpointer, inputs: Inputs) -> tuple[int, int]:
+    """Fill weights and tables; returns (updates done, tokens seen)."""
+    if inputs.resume_from is not None:
+        state = checkpointer.load(inputs.resume_from)
+        return state.step, state.tokens_seen
+    if config.checkpoint.init_from:
+        checkpointer.load_weights(Path(config.checkpoint.init_from))
+    elif checkpointer.memory is not None:
+        checkpointer.memory.initialize(config.training.seed)
+    return 0, 0
+
+
+def _loop(run: _Run, stop: StopSignal) -> RunSummary:
+    config, num_steps = run.config, run.config.training.num_steps
+    first_validation = last_validation = _validate(run)
+    stopped_by = None
+    with _profiler(run) as profiler:
+        while run.step < num_steps and stopped_by is None:
+            reason = stop.reason()
+            result = run.trainer.train_step(
+                run.step, run.train.microbatches(run.step), stop_requested=reason is not None
+            )
+            run.step += 1
+            run.tokens_seen += result.num_tokens
+            _log_step(run, result)
+            if profiler is not None:
+                profiler.step()
+            if result.stop_requests:
+                stopped_by = reason or "another rank"
+            if _due(run.step, config.training.validate_every_steps) and run.step < num_steps:
+                last_validation = _validate(run)
+            if _due(run.step, config.checkpoint.every_steps):
+                _save(run)
+    if stopped_by is None:
+        last_validation = _validate(run)
+    return RunSummary(
+        step=run.step,
+        tokens_seen=run.tokens_seen,
+        first_validation_loss=first_validation,
+        last_validation_loss=last_validation,
+        checkpoint=_save(run),
+        stopped_by=stopped_by,
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _log_step(run: _Run, result: StepResult) -> None:
+    if _due(run.step, run.config.training.log_every_steps) or run.step == run.config.training.num_steps:
+        values = run.trainer.metrics(result)  # collective
+        if run.log is not None:
+            run.log.step(run.step, values | {"data/tokens_seen": float(run.tokens_seen)})
+
+
+def _validate(run: _Run) -> float:
+    available = run.validation.num_samples // run.config.training.global_batch_size
+    batches = max(1, min(run.config.training.validation_batches, available))
+    loss = run.trainer.validate(run.validation, batches)
+    if run.log is not None:
+        run.log.validation(run.step, {"validation/loss": loss})
+    return loss
+
+
+def _save(run: _Run) -> Path:
+    path = run.folder.checkpoint(run.step)
+    if run.saved_step != run.step:
+        path = run.checkpointer.save(run.step, run.tokens_seen)
+        run.saved_step = run.step
+        run.say(f"saved {path}")
+    return path
+
+
+@contextlib.contextmanager
+def _profiler(run: _Run) -> Iterator[Any]:
+    """torch.profiler over steps `profile_start`..`profile_stop - 1`; a Chrome trace per rank in `profile/`."""
+    start, stop = run.config.training.profile_start, run.config.training.profile_stop
+    if stop <= start:
+        yield None
+        return
+    run.folder.profile.mkdir(parents=True, exist_ok=True)
+    trace = run.folder.profile / f"rank_{run.ranks.rank}_steps_{start}_{stop}.json"
+    schedule = torch.profiler.schedule(wait=max(0, start - run.step), warmup=0, active=stop - start, repeat=1)
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace))
+    ) as profiler:
+        yield profiler
+    run.say(f"profile {trace}")
+
+
+def _stream(config: RunConfig, corpus: Corpus, ranks: Ranks) -> TokenStream:
+    return TokenStream(
+        corpus,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        data_rank=ranks.data_rank,
+        data_ranks=ranks.data_ranks,
+        seed=config.data.shuffle_seed,
+        separate_documents=config.data.separate_documents,
+    )
+
+
+def _ranks_on_this_host(ranks: Ranks) -> int:
+    hosts: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(hosts, socket.gethostname(), group=ranks.host_group)
+    return hosts.count(socket.gethostname())

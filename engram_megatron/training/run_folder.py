@@ -1,0 +1,117 @@
+"""The folder of a run: who may write to it, where things stand, and which checkpoint is the newest.
+
+    run_dir/
+      config.json            the resolved config of the latest start
+      metrics.jsonl          one line per logged step
+      tensorboard/  logs/  profile/
+      checkpoints/step_00000100/   complete when it holds COMPLETE
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from engram_megatron.config import RESUME_FREE, RunConfig
+from engram_megatron.errors import UsageError
+from engram_megatron.overrides import leaves, to_dict
+
+COMPLETE = "COMPLETE"
+LOCK = ".lock"
+
+
+class RunFolder:
+    """Paths below `run_dir`. Nothing is created before `claim`."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir)
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.logs = self.path / "logs"
+        self.profile = self.path / "profile"
+        self.checkpoints = self.path / "checkpoints"
+        self._lock: Any = None
+
+    def check_unused(self) -> None:
+        """Raise `UsageError` if a run stands in the folder (to continue it, `--resume`)."""
+        if self.config_file.exists():
+            raise UsageError(f"{self.path} already holds a run; continue it with --resume or choose another run_dir")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UsageError(f"run_dir = {self.path} exists and is not an empty folder")
+
+    def check_unlocked(self) -> None:
+        """Raise `UsageError` if a live process trains in this folder."""
+        if (self.path / LOCK).exists():
+            with (self.path / LOCK).open("a") as handle:
+                self._try_lock(handle)
+
+    def claim(self, config: RunConfig) -> None:
+        """Create the folder and hold its lock until this process ends. First rank only.
+
+        Raises:
+            UsageError: another live process trains in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("a")
+        self._try_lock(self._lock)
+        for folder in (self.tensorboard, self.logs, self.checkpoints):
+            folder.mkdir(exist_ok=True)
+        write_json(self.config_file, to_dict(config))
+
+    def _try_lock(self, handle: Any) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(f"{self.path} is in use by a running job; choose another run_dir") from error
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step:08d}"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path.parent for path in self.checkpoints.glob(f"step_*/{COMPLETE}"))
+
+    def remove_old_checkpoints(self, keep_last: int) -> None:
+        """Remove all but the newest `keep_last` complete checkpoints (0 keeps all), and older incomplete ones.
+
+        COMPLETE goes first, so that a removal cut short never leaves a folder that looks whole.
+        """
+        complete = self.complete_checkpoints()
+        newest = complete[-1] if complete else None
+        stale = complete[:-keep_last] if keep_last else []
+        stale += [p for p in self.checkpoints.glob("step_*") if newest and p < newest and p not in complete]
+        for path in stale:
+            (path / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+
+def check_resumable(saved: dict[str, Any], config: RunConfig) -> None:
+    """Raise `UsageError` naming the first key that a resume must not change (fields not marked `RESUME_FREE`)."""
+    for key, value, field in leaves(config):
+        if field.metadata == RESUME_FREE:
+            continue
+        before: Any = saved
+        for part in key.split("."):
+            before = before.get(part) if isinstance(before, dict) else None
+        now = list(value) if isinstance(value, tuple) else value
+        if before != now:
+            raise UsageError(
+                f"cannot resume with {key} = {now!r}: the checkpoint was made with {before!r}; restore it, or start a "
+                "new run with checkpoint.init_from (weights only)"
+            )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write atomically: a reader sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w") as handle:
+        json.dump(value, handle, indent=2)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)

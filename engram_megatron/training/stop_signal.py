@@ -1,0 +1,41 @@
+"""SIGTERM, SIGINT and SIGUSR1 ask for a checkpoint and an orderly end; a file in the run folder does too."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STOP_FILE = "STOP"
+
+
+class StopSignal:
+    """Remembers that a stop was asked for. The trainer reads it between steps and lets all ranks agree.
+
+    A signal that comes while Python imports or sits in a long collective is not lost: the handler only sets a flag.
+    The stop file (`run_dir/STOP`) serves where signals do not reach the ranks; it is removed by the run that obeys it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.stop_file = run_dir / STOP_FILE
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_exception: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def reason(self) -> str | None:
+        """Why this rank wants to stop, or None."""
+        if self.received is None and self.stop_file.exists():
+            return f"file {STOP_FILE}"
+        return self.received

@@ -1,0 +1,175 @@
+"""The training loop. One step, in the order that `train_step` writes down:
+
+    read       this rank's microbatches of the global batch, a pure function of the step
+    gather     hash them, fetch the distinct rows from their owners
+    compute    forward and backward of all microbatches; DDP sums gradients over replicas
+    agree      loss, token count and stop requests of all ranks; stop on a non-finite loss
+    return     row gradients go back to their owners
+    clip       one norm over backbone and tables, each gradient counted once
+    update     Muon, Adam and row Adam with one learning rate and one scale
+
+Losses are sums over tokens; the division by the global token count is folded into the clip coefficient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engram_data.batch import Batch
+from engram_data.stream import TokenStream
+from torch import nn
+
+from engram_megatron import platform
+from engram_megatron.config import RunConfig
+from engram_megatron.gather.lookup import UniqueRows
+from engram_megatron.gather.statistics import GatherStatistics
+from engram_megatron.model.flops import token_flops
+from engram_megatron.optimizer.backbone import BackboneOptimizer
+from engram_megatron.optimizer.schedule import learning_rate_schedule
+from engram_megatron.training.conditional_memory import ConditionalMemory
+from engram_megatron.training.forward_step import Microbatch, make_microbatch
+from engram_megatron.training.parallel import Ranks, sum_over_ranks
+from engram_megatron.training.schedule_runner import ScheduleRunner
+from engram_megatron.training.step_metrics import expert_metrics, gather_metrics, layer_metrics
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm is not a number; the optimizer has not moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step found, the same on every rank."""
+
+    loss: float  # nats per token of the global batch
+    gradient_norm: float  # of the loss per token, over backbone and tables
+    learning_rate: float
+    num_tokens: int  # whose loss counted
+    stop_requests: int  # ranks that were asked to stop
+    seconds: float
+    gather_wait_s: float
+    gather: GatherStatistics | None
+
+
+class Trainer:
+    """Owns the step; the loop around it, checkpoints and logs are `run.train`'s."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        model: nn.Module,
+        optimizer: BackboneOptimizer,
+        memory: ConditionalMemory | None,
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.model = model
+        self.optimizer = optimizer
+        self.memory = memory
+        self.runner = ScheduleRunner(model, config)
+        self.schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
+        self.flops_per_token = token_flops(config).forward_backward
+
+    def train_step(self, step: int, batches: Sequence[Batch], *, stop_requested: bool) -> StepResult:
+        """Update the model with `batches`, this rank's microbatches of step `step` (0-based).
+
+        Raises:
+            NonFiniteLossError: on every rank alike, before the optimizer moves.
+        """
+        started = time.perf_counter()
+        self.optimizer.zero_grad()
+        microbatches, rows = self._prepare(batches)
+        gathered = time.perf_counter()
+        loss_sum, tokens = self.runner.train(microbatches, len(batches))
+        totals = sum_over_ranks([loss_sum, float(tokens), float(stop_requested)], self.ranks)
+        loss, num_tokens = totals[0] / totals[1], int(totals[1])
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"loss is {loss} in step {step + 1}; the optimizer has not moved")
+        learning_rate = self.schedule.at(step)
+        gradient_norm = self._update(step, rows, num_tokens, learning_rate)
+        platform.synchronize()
+        return StepResult(
+            loss=loss,
+            gradient_norm=gradient_norm,
+            learning_rate=learning_rate,
+            num_tokens=num_tokens,
+            stop_requests=int(totals[2]),
+            seconds=time.perf_counter() - started,
+            gather_wait_s=gathered - started,
+            gather=None if rows is None else rows.statistics,
+        )
+
+    def validate(self, stream: TokenStream, num_batches: int) -> float:
+        """Mean loss in nats per token over the first `num_batches` global batches of `stream`. Collective."""
+        loss_sum, tokens = 0.0, 0
+        for index in range(num_batches):
+            batches = stream.microbatches(index)
+            microbatches, _ = self._prepare(batches)
+            batch_loss, batch_tokens = self.runner.evaluate(microbatches, len(batches))
+            loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
+        total_loss, total_tokens = sum_over_ranks([loss_sum, float(tokens)], self.ranks)
+        return total_loss / total_tokens
+
+    def metrics(self, result: StepResult) -> dict[str, float]:
+        """TensorBoard tags and values of a step. Collective: all ranks call it for the same steps."""
+        rate = result.num_tokens / result.seconds
+        values = {
+            "train/loss": result.loss,
+            "train/grad_norm": result.gradient_norm,
+            "train/learning_rate": result.learning_rate,
+            "perf/tokens_per_second": rate,
+            "perf/step_ms": result.seconds * 1e3,
+            "perf/peak_memory_gib": platform.peak_memory_bytes() / 1024**3,
+        }
+        peak = self.config.training.peak_tflops_per_rank * 1e12 * self.ranks.world_size
+        if peak > 0:
+            values["perf/mfu"] = rate * self.flops_per_token / peak
+        if self.memory is not None and result.gather is not None:
+            values["train/table_learning_rate"] = result.learning_rate * self.memory.learning_rate_multiplier
+            values |= gather_metrics(result.gather, result.gather_wait_s, self.ranks)
+        return values | layer_metrics(self.model) | expert_metrics(self.runner.expert_tokens, self.ranks)
+
+    def _prepare(self, batches: Sequence[Batch]) -> tuple[Iterator[Microbatch], UniqueRows | None]:
+        """Fetch the rows of all microbatches, and expand those of one microbatch only when its turn comes."""
+        rows = None if self.memory is None else self.memory.start(batches).wait()
+        return self._microbatches(batches, rows), rows
+
+    def _microbatches(self, batches: Sequence[Batch], rows: UniqueRows | None) -> Iterator[Microbatch]:
+        engram = self.config.engram
+        for index, batch in enumerate(batches):
+            memory_LTBE = None
+            if self.memory is not None and rows is not None:
+                memory_LTBE = self.memory.of_microbatch(rows, index)
+            yield make_microbatch(
+                batch,
+                memory_LTBE,
+                separate_documents=self.config.data.separate_documents,
+                cut_memory_at_documents=engram is not None and engram.cut_at_documents,
+            )
+
+    def _update(self, step: int, rows: UniqueRows | None, num_tokens: int, learning_rate: float) -> float:
+        """Clip and move everything; returns the norm before clipping."""
+        row_gradients, table_square = None, 0.0
+        if self.memory is not None and rows is not None:
+            row_gradients = self.memory.return_gradients(rows)
+            table_square = self.memory.gradient_norm_squared(row_gradients)
+        self.optimizer.prepare_gradients()
+        backbone_square = self.optimizer.gradient_norm_squared()
+        square = backbone_square + sum_over_ranks([table_square], self.ranks)[0]
+        norm = math.sqrt(square) / num_tokens if square >= 0 else math.nan
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(f"gradient norm is {norm} in step {step + 1}; the optimizer has not moved")
+        scale = clip_coefficient(norm, self.config.optimizer.clip_grad_norm) / num_tokens
+        self.optimizer.step(learning_rate, scale)
+        if self.memory is not None and row_gradients is not None:
+            self.memory.step(row_gradients, learning_rate, scale)
+        return norm
+
+
+def clip_coefficient(norm: float, max_norm: float) -> float:
+    """What gradients of norm `norm` are multiplied by (torch's `clip_grad_norm_` rule); `max_norm` 0: never clip."""
+    return min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 else 1.0

@@ -1,0 +1,12 @@
+"""Imported once by the fork server of `ranks`: megatron-core on the CPU, so that every rank starts with it loaded."""
+
+from engram_megatron import platform
+
+platform.install()
+
+import megatron.core  # noqa: E402
+import megatron.core.dist_checkpointing
+import megatron.core.distributed
+import megatron.core.models.gpt.gpt_model
+import megatron.core.optimizer
+import megatron.core.pipeline_parallel.schedules  # noqa: F401
