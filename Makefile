@@ -11,8 +11,6 @@ SAMPLE := data_pipeline/samples/sotu.jsonl.xz
 NPROC ?= 2
 RUN_DIR ?= $(RUNS)/engram_tiny
 
-export OMP_NUM_THREADS ?= 1
-
 .PHONY: pretrain resume test test-all lint corpus conformance compare clean
 
 pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks

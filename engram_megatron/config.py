@@ -138,8 +138,9 @@ class EngramConfig:
     conv_kernel_size: int = 4
     bias: bool = False  # True: the demo's biases on the key and value projections
     multi_branch: bool = True  # False: one fusion on the hidden state after H_pre of attention
+    norm_eps: float = 1e-20  # of the key and query norms
+    conv_norm_eps: float = 1e-5  # the demo's; at 1e-20 the gradient at a zero value would be multiplied by 1e10
     cut_at_documents: bool = True  # n-gram windows and convolution restart at document starts
-    norm_eps: float = 1e-20
     block_rows: int = 4096  # rows are dealt to ranks in blocks of this many; a block is a zarr chunk of a checkpoint
     table_dtype: Literal["float32", "float64"] = "float32"
 

@@ -53,6 +53,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
+def overrides_between(base: RunConfig, target: RunConfig) -> list[str]:
+    """The `key=value` list that turns `base` into `target`: `apply_overrides(base, result) == target`, but `name`."""
+    before = {key: value for key, value, _ in leaves(base)}
+    after = [(key, value) for key, value, _ in leaves(target) if key != "name"]
+    return [f"{key}={_text(value)}" for key, value in after if key not in before or before[key] != value]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
     """Inverse of `to_dict`. Raises `UsageError` for a key that `cls` does not have (a newer or older version's)."""
     hints = typing.get_type_hints(cls)

@@ -16,6 +16,7 @@ import logging
 import sys
 from typing import Any
 
+import numba
 import torch
 import torch.distributed as dist
 
@@ -31,8 +32,8 @@ def install() -> bool:
         return False
     assert "megatron.core" not in sys.modules, "platform.install() must run before the first import of megatron"
     torch.cuda._engram_redirected = True  # type: ignore[attr-defined]
-    # Gradients that fade through Sinkhorn's iterations and Adam's moments of idle rows end in denormals, on which x86
-    # works a hundred times slower. GPUs flush them too.
+    # Gradients that fade through Sinkhorn's iterations and Adam's moments of idle rows can end in denormals, on which
+    # x86 works a hundred times slower. GPUs flush them too.
     torch.set_flush_denormal(True)
     _redirect_device_calls()
     _redirect_random_state()
@@ -59,6 +60,17 @@ def select_device(local_rank: int) -> None:
     """Bind this process to its GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+
+
+def limit_threads(num_threads: int) -> None:
+    """Give this process `num_threads` CPU threads, for torch and numba alike.
+
+    Ranks that share a host must divide its cores: both libraries take all of them by default, sit on one OpenMP
+    runtime whose idle threads spin, and slow each other down tenfold. numba must hear of it before its first kernel.
+    """
+    numba.config.NUMBA_NUM_THREADS = num_threads
+    numba.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
 
 
 def synchronize() -> None:
@@ -193,7 +205,12 @@ def _redirect_all_to_all() -> None:
 
     @functools.wraps(exchange)
     def with_list_splits(
-        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+        output: Any,
+        input: Any,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         # The MoE dispatcher turns its split tensors into lists only when they live on a GPU.
         def as_list(splits: Any) -> Any:

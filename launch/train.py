@@ -23,7 +23,9 @@ def parse() -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="strict overrides of the preset")
     parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks to start on this node")
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for with --dry-run")
-    parser.add_argument("--resume", action="store_true", help="continue the run in run_dir (from the start if it is new)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in run_dir (from the start if it is new)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the plan, start nothing")
     parser.add_argument("--profile", metavar="steps=A:B", help="profile steps A..B-1, a Chrome trace per rank")
     arguments = parser.parse_intermixed_args()

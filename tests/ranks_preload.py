@@ -4,9 +4,10 @@ from engram_megatron import platform
 
 platform.install()
 
-import megatron.core  # noqa: E402
+import megatron.core
 import megatron.core.dist_checkpointing
 import megatron.core.distributed
 import megatron.core.models.gpt.gpt_model
 import megatron.core.optimizer
-import megatron.core.pipeline_parallel.schedules  # noqa: F401
+import megatron.core.pipeline_parallel.schedules
+import numba

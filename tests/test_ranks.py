@@ -34,10 +34,10 @@ def test_results_come_back_by_rank_from_a_preloaded_server(world_size: int) -> N
 
 
 def test_error_of_one_rank_fails_the_test() -> None:
-    with pytest.raises(AssertionError, match="rank 1 failed(.|\n)*planted"):
+    with pytest.raises(AssertionError, match=r"rank 1 failed(.|\n)*planted"):
         run_ranks(_second_rank_raises, 2)
 
 
 def test_hang_of_one_rank_fails_the_test_with_its_stack() -> None:
-    with pytest.raises(AssertionError, match="hang(.|\n)*_second_rank_sleeps"):
+    with pytest.raises(AssertionError, match=r"hang(.|\n)*_second_rank_sleeps"):
         run_ranks(_second_rank_sleeps, 2, timeout_s=5)

@@ -96,6 +96,24 @@ def engram_twin(moe: RunConfig, engram: EngramConfig, removed_experts: int) -> E
     return _pair(moe, _with_total(_with_activated(with_engram, counts.activated), counts.total))
 
 
+def paper_sparse_ratio(config: RunConfig) -> tuple[float, int]:
+    """rho as the paper counts it, and the number of experts of the model that it is measured against.
+
+    rho = 1 - tables / P_sparse, where P_sparse is the budget of inactive parameters of the *equal MoE*: the same
+    backbone without Engram, with the whole number of experts whose total is nearest. Engram-27B against 72 experts:
+    74.35 % (paper: 74.3 %). Its own inactive parameters give 74.32 %, because Engram's dense parameters and the
+    primes cost a little too.
+    """
+    moe = _experts(config)
+    without_engram = replace(config, engram=None)
+    counts = count_parameters(without_engram)
+    per_expert = counts.by_part["routed experts"] // moe.num_experts
+    missing = count_parameters(config).total - counts.total
+    num_experts = moe.num_experts + round(missing / per_expert)
+    budget = per_expert * (num_experts - moe.top_k)
+    return 1 - count_parameters(config).engram_tables / budget, num_experts
+
+
 def removed_experts(moe: RunConfig, sparse_ratio: float, expert_multiple: int = 2) -> int:
     """Experts per layer to remove so that the rest holds `sparse_ratio` (rho) of the inactive parameters.
 

@@ -6,8 +6,6 @@ Engine; this file is the only one that knows which of them carries the backbone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -38,12 +36,13 @@ class EngramModel(GPTModel):
             memory_LTBE: rows of every Engram layer of the model, heads side by side; None without Engram.
             memory_document_ids_BT: where the convolution restarts; None: it runs across documents.
         """
-        return super().forward(
+        output: Tensor = super().forward(
             tokens_BT,
             position_ids=None,
             attention_mask=document_ids_BT,
             extra_block_kwargs={"context": memory_LTBE, "context_mask": memory_document_ids_BT},
         )
+        return output
 
 
 def build_model(config: RunConfig, *, initialize: bool = True) -> EngramModel:
@@ -84,6 +83,6 @@ def wrap_data_parallel(model: EngramModel, dtype: torch.dtype) -> nn.Module:
         use_distributed_optimizer=False,
         check_for_nan_in_grad=False,
     )
-    wrapped: Any = DistributedDataParallel(model.config, ddp, model)
-    wrapped.broadcast_params()
+    wrapped: nn.Module = DistributedDataParallel(model.config, ddp, model)
+    wrapped.broadcast_params()  # type: ignore[operator]
     return wrapped

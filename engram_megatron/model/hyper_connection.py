@@ -24,13 +24,16 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     """Doubly stochastic matrices from `logits` [..., M, M]: exp, then `iterations` of column and row normalisation.
 
     Rows of the result sum to 1 exactly (the last step), columns up to convergence (mHC paper, section 4.2:
-    M_t = T_r(T_c(M_{t-1})), t_max = 20). The row maximum is taken off first; it cancels in the row normalisation.
+    M_t = T_r(T_c(M_{t-1})), t_max = 20). The largest value is taken off first; it cancels.
     """
-    matrix = (logits - logits.amax(dim=(-2, -1), keepdim=True)).exp()
+    m = logits.shape[-1]
+    # Rows and columns first, tokens last: the CPU then works on long vectors instead of on M values at a time.
+    matrix_MMN = logits.reshape(-1, m * m).t().contiguous().view(m, m, -1)
+    matrix_MMN = (matrix_MMN - matrix_MMN.amax(dim=(0, 1))).exp()
     for _ in range(iterations):
-        matrix = matrix / matrix.sum(dim=-2, keepdim=True)
-        matrix = matrix / matrix.sum(dim=-1, keepdim=True)
-    return matrix
+        matrix_MMN = matrix_MMN / matrix_MMN.sum(dim=0)
+        matrix_MMN = matrix_MMN / matrix_MMN.sum(dim=1, keepdim=True)
+    return matrix_MMN.view(m * m, -1).t().contiguous().view(logits.shape)
 
 
 @dataclass(frozen=True)

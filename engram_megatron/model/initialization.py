@@ -39,7 +39,7 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float) -> None:
 
 def _reset_hyper_connections(model: nn.Module, seed: int) -> set[str]:
     names = {id(parameter): name for name, parameter in global_named_parameters(model)}
-    done = set()
+    done: set[str] = set()
     for module in model.modules():
         if isinstance(module, HyperConnection):
             name = names[id(module.mapping.weight)]

@@ -25,9 +25,7 @@ def block_submodules(config: RunConfig, first_layer: int, num_layers: int) -> Tr
     """The layers `first_layer` (1-based) to `first_layer + num_layers - 1` of the model."""
     moe = config.model.moe
     num_dense = config.model.num_layers if moe is None else moe.num_leading_dense_layers
-    layers = [
-        _layer(config, is_dense=number <= num_dense) for number in range(first_layer, first_layer + num_layers)
-    ]
+    layers = [_layer(config, is_dense=number <= num_dense) for number in range(first_layer, first_layer + num_layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from megatron.core import parallel_state
 from torch import nn
@@ -26,8 +27,10 @@ def global_named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Paramet
 
 
 def _experts_per_rank(module: nn.Module) -> int:
-    total = module.config.num_moe_experts or 0  # type: ignore[union-attr, operator]
-    return int(total) // parallel_state.get_expert_model_parallel_world_size()
+    config: Any = module.config
+    num_experts: int = config.num_moe_experts or 0
+    ranks: int = parallel_state.get_expert_model_parallel_world_size()
+    return num_experts // ranks
 
 
 def _global_name(name: str, first_layer: int, expert_rank: int, experts_per_rank: int) -> str:

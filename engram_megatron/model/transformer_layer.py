@@ -13,7 +13,7 @@ microbatches cannot mix them up. Shape legend: L Engram layers of the model, E m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -25,6 +25,7 @@ from engram_megatron.config import EngramConfig, HyperConnectionConfig
 from engram_megatron.model.engram_layer import EngramLayer
 from engram_megatron.model.hyper_connection import (
     HyperConnection,
+    StreamMixing,
     contract_streams,
     expand_streams,
     stream_cosine,
@@ -35,7 +36,7 @@ from engram_megatron.model.hyper_connection import (
 class EngramSubmodules(TransformerLayerSubmodules):
     """megatron-core's submodules of a layer, and what this project adds."""
 
-    mhc: HyperConnectionConfig = HyperConnectionConfig()
+    mhc: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     engram: EngramConfig | None = None
 
 
@@ -110,14 +111,21 @@ class EngramTransformerLayer(TransformerLayer):
         assert bias is None, "Engram models have no bias in linear layers"
         if update is not None:
             output = output + update
-        return mixing.merge(streams, output) if mixing is not None else streams + output.unsqueeze(-2)
+        return _write_back(streams, output, mixing)
 
     def _feed_forward(self, streams: Tensor, padding_mask: Tensor | None) -> Tensor:
         hidden, mixing = self.mhc_mlp(streams) if self.num_streams > 1 else (streams.squeeze(-2), None)
         extra = {"padding_mask": padding_mask} if self.is_moe_layer else {}
         output, bias = self.mlp(self.pre_mlp_layernorm(hidden), **extra)
         assert bias is None, "Engram models have no bias in linear layers"
-        return mixing.merge(streams, output) if mixing is not None else streams + output.unsqueeze(-2)
+        return _write_back(streams, output, mixing)
+
+
+def _write_back(streams_TBMC: Tensor, output_TBC: Tensor, mixing: StreamMixing | None) -> Tensor:
+    """The streams after a sub-layer; without hyper-connections (M = 1) a plain residual sum."""
+    if mixing is None:
+        return streams_TBMC + output_TBC.unsqueeze(-2)
+    return mixing.merge(streams_TBMC, output_TBC)
 
 
 def _build_mhc(mhc: HyperConnectionConfig, config: Any, layer_number: int) -> HyperConnection:
@@ -142,7 +150,7 @@ def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> Engram
         conv=engram.conv,
         bias=engram.bias,
         norm_eps=engram.norm_eps,
-        conv_norm_eps=engram.norm_eps,
+        conv_norm_eps=engram.conv_norm_eps,
         init_std=config.init_method_std,
         dtype=config.params_dtype,
         device=platform.device(),
@@ -150,4 +158,3 @@ def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> Engram
     for parameter in layer.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return layer
-

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from engram_checkpoints import tables
-from engram_checkpoints.backbone import load_backbone, load_backbone_weights, save_backbone
 from torch import nn
 
+from engram_checkpoints import tables
+from engram_checkpoints.backbone import load_backbone, load_backbone_weights, save_backbone
 from engram_megatron.config import RunConfig
 from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.overrides import to_dict

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from engram_data.batch import Batch
 
+from engram_data.batch import Batch
 from engram_megatron.config import RunConfig
 from engram_megatron.gather.lookup import PendingRows, RowLookup, UniqueRows
 from engram_megatron.gather.transport import all_ranks_transport
@@ -41,13 +41,9 @@ class ConditionalMemory:
         row_dim, dtype = config.engram.row_dim, config.engram.table_dtype
         self.shard = TableShard(layout, ranks.rank, row_dim, dtype, shards_on_host=shards_on_host)
         dist.barrier(group=ranks.host_group)  # every rank of a host judged the same free memory
-        self.lookup = RowLookup(
-            self.shard, layout, all_ranks_transport(timeout_s=config.parallel.collective_timeout_s)
-        )
+        self.lookup = RowLookup(self.shard, layout, all_ranks_transport(timeout_s=config.parallel.collective_timeout_s))
         optimizer = config.optimizer
-        self.adam = RowAdam(
-            self.shard, beta1=optimizer.adam_beta1, beta2=optimizer.adam_beta2, eps=optimizer.adam_eps
-        )
+        self.adam = RowAdam(self.shard, beta1=optimizer.adam_beta1, beta2=optimizer.adam_beta2, eps=optimizer.adam_eps)
         self.learning_rate_multiplier = optimizer.table_learning_rate_multiplier
 
     def initialize(self, seed: int) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from engram_data.batch import Batch
 from torch import Tensor, nn
 
+from engram_data.batch import Batch
 from engram_megatron import platform
 from engram_megatron.model.loss import token_loss_sum
 

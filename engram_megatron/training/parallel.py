@@ -53,7 +53,7 @@ def initialize(config: RunConfig) -> Ranks:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(platform.backend(), timeout=timeout)
     else:
-        store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True)
+        store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True)  # type: ignore[attr-defined]
         dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
     return initialize_groups(config, rank, world_size)
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from engram_megatron.config import RunConfig
+from engram_megatron.model.budget import paper_sparse_ratio
 from engram_megatron.model.counts import (
     TABLES_NAME,
     ParameterCounts,
@@ -38,7 +39,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     sections = {
         "Configuration": _configuration(config),
         "Layout": _layout(config, world_size),
-        "Parameters": _parameters(count_parameters(config)),
+        "Parameters": _parameters(config, count_parameters(config)),
         "FLOPs per token": _flops(token_flops(config), config.data.sequence_length),
         "Memory per rank": _memory(config, world_size),
         "Bytes per step of one rank": _traffic(config, world_size),
@@ -85,18 +86,21 @@ def _layout(config: RunConfig, world_size: int) -> str:
     )
 
 
-def _parameters(counts: ParameterCounts) -> str:
+def _parameters(config: RunConfig, counts: ParameterCounts) -> str:
     rows = [[part, f"{count:,}", _short(count)] for part, count in counts.by_part.items()]
     rows.append(["stored (all of the above)", f"{counts.stored:,}", _short(counts.stored)])
     summary = [
-        ["total, as the paper counts", _short(counts.total), "one of token embedding and output head"],
-        ["activated, as the paper counts", _short(counts.activated), "no token embedding, no head, no table rows"],
-        ["Engram tables", _short(counts.engram_tables), "rows in host memory"],
+        ["total, as the paper counts", _short(counts.total), f"{counts.total:,}: one of token embedding and output head"],
+        ["activated, as the paper counts", _short(counts.activated), f"{counts.activated:,}: no token embedding, no head, no table rows"],
+        ["Engram tables", _short(counts.engram_tables), f"{counts.engram_tables:,}: rows in host memory"],
         ["Engram dense", _short(counts.engram_dense), "projections, norms, convolution"],
     ]
     if counts.sparse_ratio is not None:
-        explanation = "inactive routed experts / (inactive routed experts + Engram tables)"
-        summary.append(["sparse ratio rho", f"{counts.sparse_ratio:.2%}", explanation])
+        rho, num_experts = paper_sparse_ratio(config)
+        explanation = f"1 - Engram tables / inactive parameters of the equal MoE of {num_experts} experts"
+        summary.append(["sparse ratio rho", f"{rho:.2%}", explanation])
+        explanation = "inactive routed experts / (inactive routed experts + Engram tables) of this model"
+        summary.append(["experts' share", f"{counts.sparse_ratio:.2%}", explanation])
     return _table(rows, right=(1, 2)) + "\n\n" + _table(summary, right=(1,))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
-
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.hashing.ngram_hasher import NgramHasher

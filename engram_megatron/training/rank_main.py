@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -9,7 +10,6 @@ import traceback
 import warnings
 
 from engram_data.errors import CorpusError
-
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
@@ -21,8 +21,11 @@ def run_rank(config: RunConfig, *, resume: bool) -> None:
     """Train on this rank. Leaves the process on failure, without any further collective: the others' collectives
     then break, and torchrun or Slurm ends them."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|emerging_optimizers)\b.*")
+    for chatty in ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     rank = os.environ.get("RANK", "0")
     try:
+        platform.limit_threads(threads_per_rank())
         platform.install()
         from engram_megatron.training.run import train  # megatron-core must be imported after `install`
 
@@ -42,7 +45,12 @@ def run_rank(config: RunConfig, *, resume: bool) -> None:
                 f"token after {summary.step} steps, {summary.tokens_seen:,} tokens"
             )
         print(f"run folder   {config.run_dir}\ncheckpoint   {summary.checkpoint}")
-        print(f"look at it   {os.path.relpath(sys.executable)[:-len('python')]}tensorboard --logdir {config.run_dir}")
+        print(f"look at it   {os.path.relpath(sys.executable)[: -len('python')]}tensorboard --logdir {config.run_dir}")
+
+
+def threads_per_rank() -> int:
+    """This host's usable cores divided by its ranks (torchrun's LOCAL_WORLD_SIZE), at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _leave(message: str, code: int) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
-
 from engram_megatron.config import RunConfig
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.builder import build_model, wrap_data_parallel

@@ -1,10 +1,10 @@
 """The folder of a run: who may write to it, where things stand, and which checkpoint is the newest.
 
-    run_dir/
-      config.json            the resolved config of the latest start
-      metrics.jsonl          one line per logged step
-      tensorboard/  logs/  profile/
-      checkpoints/step_00000100/   complete when it holds COMPLETE
+run_dir/
+  config.json            the resolved config of the latest start
+  metrics.jsonl          one line per logged step
+  tensorboard/  logs/  profile/
+  checkpoints/step_00000100/   complete when it holds COMPLETE
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class ScheduleRunner:
         self._run = get_forward_backward_func()
 
     def train(self, microbatches: Iterator[Microbatch], count: int) -> tuple[float, int]:
-        """Forward and backward of `count` microbatches; returns (sum of losses in nats, number of tokens) of this rank."""
+        """Forward and backward of `count` microbatches; returns this rank's (sum of losses in nats, tokens)."""
         return self._sums(self._schedule(microbatches, count, forward_only=False))
 
     @torch.no_grad()

@@ -18,10 +18,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engram_data.batch import Batch
-from engram_data.stream import TokenStream
 from torch import nn
 
+from engram_data.batch import Batch
+from engram_data.stream import TokenStream
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.gather.lookup import UniqueRows

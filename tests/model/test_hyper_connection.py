@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from engram_megatron.config import HyperConnectionConfig
 from engram_megatron.model.hyper_connection import (
     HyperConnection,

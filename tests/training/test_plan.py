@@ -17,7 +17,7 @@ from engram_megatron.training.plan import describe
 PAPER = {
     "dense_4b": ("4.134 B", "3.803 B"),
     "moe_27b": ("26.717 B", "3.808 B"),
-    "engram_27b": ("26.726 B", "3.840 B", "5.792 B", "74.32%"),
+    "engram_27b": ("26.726 B", "3.840 B", "5.792 B", "74.35%"),
     "engram_40b": ("39.468 B", "3.840 B", "18.534 B", "47.49%"),
 }
 
