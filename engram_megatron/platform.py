@@ -19,6 +19,7 @@ from typing import Any
 import numba
 import torch
 import torch.distributed as dist
+import torch.utils._device
 
 _FACTORIES = (
     *("zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "rand", "randn"),
@@ -173,6 +174,8 @@ def _redirect_factories() -> None:
 
         return on_cpu
 
+    # `with torch.device("meta")` knows factories by identity: it must make its list before they are replaced.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, wrap(getattr(torch, name)))
 

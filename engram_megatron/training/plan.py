@@ -90,8 +90,16 @@ def _parameters(config: RunConfig, counts: ParameterCounts) -> str:
     rows = [[part, f"{count:,}", _short(count)] for part, count in counts.by_part.items()]
     rows.append(["stored (all of the above)", f"{counts.stored:,}", _short(counts.stored)])
     summary = [
-        ["total, as the paper counts", _short(counts.total), f"{counts.total:,}: one of token embedding and output head"],
-        ["activated, as the paper counts", _short(counts.activated), f"{counts.activated:,}: no token embedding, no head, no table rows"],
+        [
+            "total, as the paper counts",
+            _short(counts.total),
+            f"{counts.total:,}: one of token embedding and output head",
+        ],
+        [
+            "activated, as the paper counts",
+            _short(counts.activated),
+            f"{counts.activated:,}: no token embedding, no head, no table rows",
+        ],
         ["Engram tables", _short(counts.engram_tables), f"{counts.engram_tables:,}: rows in host memory"],
         ["Engram dense", _short(counts.engram_dense), "projections, norms, convolution"],
     ]

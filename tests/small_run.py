@@ -1,0 +1,169 @@
+"""A whole run small enough for a test: config, batches, and the objects that `training.run` would build on a rank.
+
+Two layers of experts behind a dense one, four residual streams, Engram at layers 2 and 3, several documents per
+sequence. The global batch of a step is the same for any number of ranks, each of which takes two microbatches of it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from engram_data.batch import Batch, make_batch
+from engram_megatron.config import (
+    AttentionConfig,
+    DataConfig,
+    EngramConfig,
+    HyperConnectionConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from engram_megatron.overrides import apply_overrides
+
+VOCAB, LENGTH, GLOBAL_BATCH, MICROBATCHES = 200, 24, 8, 2
+
+
+def small_run_config(dtype: Literal["float32", "float64"] = "float64", overrides: Sequence[str] = ()) -> RunConfig:
+    """Every number in `dtype`; `overrides` are those of the command line."""
+    config = RunConfig(
+        name="small",
+        model=ModelConfig(
+            num_layers=3,
+            hidden_size=32,
+            vocab_size=VOCAB,
+            dense_ffn_size=48,
+            init_std=0.1,
+            attention=AttentionConfig(
+                num_heads=2, kv_lora_rank=16, nope_head_dim=12, rope_head_dim=8, value_head_dim=12
+            ),
+            moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=1, expert_ffn_size=16, router_dtype=dtype),
+            mhc=HyperConnectionConfig(num_streams=4, sinkhorn_iterations=6, mapping_dtype=dtype),
+        ),
+        engram=EngramConfig(
+            layer_numbers=(2, 3),
+            hash_seed_ids=(2, 3),
+            num_heads_per_order=2,
+            rows_per_head=101,
+            memory_dim=16,
+            block_rows=32,
+            table_dtype=dtype,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_grad_norm=0.5),
+        data=DataConfig(sequence_length=LENGTH),
+        training=TrainingConfig(num_steps=10, global_batch_size=GLOBAL_BATCH, dtype=dtype),
+    )
+    return apply_overrides(config, list(overrides))
+
+
+def global_batch(step: int, *, separate_documents: bool = True) -> Batch:
+    """The `GLOBAL_BATCH` sequences of a step: sequence s has s + 1 documents, so that ranks count different tokens, and
+    all draw from a few frequent tokens, so that they ask for the same rows."""
+    rng = np.random.default_rng(step)
+    windows = np.minimum(rng.zipf(1.4, (GLOBAL_BATCH, LENGTH + 1)), VOCAB) - 1
+    starts = [np.sort(rng.choice(np.arange(1, LENGTH + 1), s, replace=False)) for s in range(GLOBAL_BATCH)]
+    return make_batch(list(windows), starts, separate_documents)
+
+
+def take(batch: Batch, sequences: slice) -> Batch:
+    """Some sequences of a batch."""
+    return Batch(
+        tokens=batch.tokens[sequences],
+        labels=batch.labels[sequences],
+        loss_mask=batch.loss_mask[sequences],
+        document_ids=batch.document_ids[sequences],
+    )
+
+
+def microbatches(batch: Batch, rank: int, world_size: int) -> list[Batch]:
+    """This rank's `MICROBATCHES` consecutive pieces of a global batch."""
+    size = GLOBAL_BATCH // world_size // MICROBATCHES
+    first = rank * MICROBATCHES
+    return [take(batch, slice(i * size, (i + 1) * size)) for i in range(first, first + MICROBATCHES)]
+
+
+@dataclass(eq=False)
+class SmallRun:
+    """What `training.run` holds on a rank. `model` is wrapped in DDP; `memory` None: without Engram."""
+
+    config: RunConfig
+    ranks: Any
+    model: Any
+    optimizer: Any
+    memory: Any
+    trainer: Any
+
+
+def build_small_run(config: RunConfig, rank: int, world_size: int, *, rough: bool = True) -> SmallRun:
+    """Inside a rank function, once per process. `rough`: see `roughen`."""
+    from engram_megatron.model.backbone_config import TORCH_DTYPE
+    from engram_megatron.model.builder import build_model, wrap_data_parallel
+    from engram_megatron.optimizer.backbone import build_backbone_optimizer
+    from engram_megatron.training.conditional_memory import ConditionalMemory
+    from engram_megatron.training.trainer import Trainer
+
+    size = GLOBAL_BATCH // world_size // MICROBATCHES
+    config = replace(config, training=replace(config.training, micro_batch_size=size))
+    ranks = small_groups(config, rank, world_size)
+    memory = None
+    if config.engram is not None:
+        memory = ConditionalMemory(config, small_hasher(config), ranks)
+        memory.initialize(config.training.seed)
+    model = build_model(config)
+    if rough:
+        roughen(model)
+    wrapped = wrap_data_parallel(model, TORCH_DTYPE[config.training.dtype])
+    optimizer = build_backbone_optimizer([wrapped], config)
+    return SmallRun(config, ranks, wrapped, optimizer, memory, Trainer(config, ranks, wrapped, optimizer, memory))
+
+
+def small_groups(config: RunConfig, rank: int, world_size: int) -> Any:
+    """Process groups on one thread per rank; those of an earlier run of this process are replaced."""
+    from megatron.core import parallel_state
+
+    from engram_megatron import platform
+    from engram_megatron.training import parallel
+
+    platform.limit_threads(1)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return parallel.initialize_groups(config, rank, world_size)
+
+
+def small_hasher(config: RunConfig) -> Any:
+    """The n-gram hasher without compression: the vocabulary here has no texts."""
+    from engram_megatron.hashing.ngram_hasher import NgramHasher
+    from engram_megatron.hashing.vocab_projection import identity_projection
+
+    assert config.engram is not None
+    return NgramHasher.from_config(config.engram, identity_projection(VOCAB), VOCAB)
+
+
+def roughen(model: Any) -> None:
+    """Add noise to every parameter, a function of its global name.
+
+    The start is a symmetric point: all streams carry the same, so the gradient of every H_res is rounding noise, which
+    Adam (epsilon 1e-20) turns into full steps in random directions. Away from it, two correct implementations agree.
+    And a convolution that starts at zero would hide its own forward.
+    """
+    import torch
+
+    from engram_megatron.model.parameter_names import global_named_parameters
+
+    with torch.no_grad():
+        for name, parameter in global_named_parameters(model):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            scale = 0.5 if "mhc_" in name else 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+
+
+def numbers(tensor: Any) -> np.ndarray[Any, Any]:
+    """A copy in numpy."""
+    copy: np.ndarray[Any, Any] = tensor.detach().cpu().numpy().copy()
+    return copy
