@@ -207,7 +207,7 @@ class ParallelConfig:
         return replicas
 
     def validate(self) -> None:
-        for name in ("tensor", "pipeline", "context", "expert"):
+        for name in ("tensor", "pipeline", "context", "expert", "collective_timeout_s"):
             check(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)} must be at least 1")
 
 
@@ -268,6 +268,10 @@ class CheckpointConfig:
     keep_last: int = free(3)  # older ones are removed after a new one is complete; 0 keeps all
     init_from: str = ""  # a checkpoint folder whose weights (and tables) start this run; nothing else is taken
 
+    def validate(self) -> None:
+        for name in ("every_steps", "keep_last"):
+            check(getattr(self, name) >= 0, f"checkpoint.{name} = {getattr(self, name)} must not be negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -286,7 +290,7 @@ class TrainingConfig:
     profile_stop: int = free(0)  # profile steps start..stop-1 with torch.profiler; stop = 0: off
 
     def validate(self) -> None:
-        for name in ("num_steps", "global_batch_size", "micro_batch_size", "log_every_steps"):
+        for name in ("num_steps", "global_batch_size", "micro_batch_size", "log_every_steps", "validation_batches"):
             check(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)} must be at least 1")
 
     def num_microbatches(self, data_ranks: int) -> int:
@@ -322,6 +326,7 @@ class RunConfig:
         self.parallel.validate()
         self.optimizer.validate()
         self.data.validate()
+        self.checkpoint.validate()
         self.training.validate()
 
     def validate_layout(self, world_size: int) -> None:

@@ -1,6 +1,6 @@
 """Train a preset: python launch/train.py PRESET [--nproc-per-node N] run_dir=DIR data.corpus=DIR [key=value ...]
 
-Checks everything first, then starts the ranks with torchrun. Under torchrun or srun it is the rank's program.
+Checks everything first, then starts the ranks. Under torchrun or Slurm, which set RANK, it is the rank's program.
 """
 
 from __future__ import annotations
@@ -42,33 +42,37 @@ def profile_window(text: str) -> dict[str, int]:
     return {"profile_start": int(start), "profile_stop": int(stop)}
 
 
-def start_ranks(num_ranks: int) -> None:
-    """Replace this process by torchrun with the same arguments."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    os.execv(sys.executable, [*command, f"--nproc-per-node={num_ranks}", *sys.argv])
-
-
-def main() -> None:
+def start() -> int:
     arguments, config = parse()
+    num_ranks = arguments.nproc_per_node
     if arguments.dry_run:
         from engram_megatron.training.plan import describe
 
-        print(describe(config, arguments.world_size or arguments.nproc_per_node))
-    elif "RANK" in os.environ:
+        print(describe(config, arguments.world_size or num_ranks))
+        return 0
+    if "RANK" not in os.environ:
+        from engram_megatron.training.preflight import check_start
+
+        check_start(config, num_ranks, resume=arguments.resume)
+    if "RANK" in os.environ or num_ranks == 1:
         from engram_megatron.training.rank_main import run_rank
 
-        run_rank(config, resume=arguments.resume)
-    else:
-        from engram_megatron.training.preflight import open_inputs
+        return run_rank(config, resume=arguments.resume)
+    from engram_megatron.training.launch_ranks import launch_ranks
 
-        open_inputs(config, arguments.nproc_per_node, resume=arguments.resume)
-        start_ranks(arguments.nproc_per_node)
+    return launch_ranks([sys.executable, *sys.argv], num_ranks)
+
+
+def main() -> int:
+    try:
+        return start()
+    except (UsageError, CorpusError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the ranks have started
+        return 130
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (UsageError, CorpusError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

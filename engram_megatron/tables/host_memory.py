@@ -1,10 +1,33 @@
-"""How much more memory this process may use: what the machine has free, and what its cgroups still allow."""
+"""Host memory: what the tables need, what the machine has free, and what this process's cgroups still allow."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
+
+from engram_megatron.errors import UsageError
+from engram_megatron.tables.row_layout import RowLayout
+
+GIB = 1024**3
+
+
+def shard_bytes(num_rows: int, row_dim: int, itemsize: int) -> int:
+    """Host memory of `num_rows` rows: weight, two moments, touched flag."""
+    return num_rows * (3 * row_dim * itemsize + 1)
+
+
+def check_host_memory(layout: RowLayout, row_dim: int, itemsize: int, shards_on_host: int) -> None:
+    """Raise `UsageError` where this host has not enough free memory for `shards_on_host` shards of `layout`."""
+    # Shard 0 is never smaller than another: every rank judges its host by the same number.
+    needed = shards_on_host * shard_bytes(layout.num_local_rows(0), row_dim, itemsize)
+    free = available_bytes()
+    if needed > free:
+        raise UsageError(
+            f"Engram tables need {needed / GIB:.2f} GiB of host memory here ({shards_on_host} of {layout.num_shards} "
+            f"shards of {layout.total_rows} rows x {row_dim} columns, weight and two Adam moments of {itemsize} bytes "
+            f"each), {free / GIB:.2f} GiB are free; use more hosts, or lower engram.rows_per_head or engram.memory_dim"
+        )
 
 
 def available_bytes() -> int:

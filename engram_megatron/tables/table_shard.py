@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engram_megatron.errors import UsageError
-from engram_megatron.tables.host_memory import available_bytes
+from engram_megatron.tables.host_memory import check_host_memory
 from engram_megatron.tables.row_init import fill_initial_rows
 from engram_megatron.tables.row_layout import RowLayout
 
 TableDType = Literal["float32", "float64"]
-GIB = 1024**3
 
 
 class TableShard:
@@ -37,7 +35,7 @@ class TableShard:
         self.shard = shard
         self.row_dim = row_dim
         self.dtype = np.dtype(dtype)
-        _check_memory(layout, row_dim, self.dtype.itemsize, shards_on_host)
+        check_host_memory(layout, row_dim, self.dtype.itemsize, shards_on_host)
         shape = (layout.num_local_rows(shard), row_dim)
         self.weight: NDArray[Any] = np.zeros(shape, self.dtype)
         self.exp_avg: NDArray[Any] = np.zeros(shape, self.dtype)
@@ -58,20 +56,3 @@ class TableShard:
         """A copy [n, row_dim] of the rows at `local_rows` int64 [n]; `IndexError` for one outside the shard."""
         # torch's gather runs on all of torch's threads, numpy's on one.
         return torch.from_numpy(self.weight).index_select(0, torch.from_numpy(local_rows)).numpy()
-
-
-def shard_bytes(num_rows: int, row_dim: int, itemsize: int) -> int:
-    """Host memory of `num_rows` rows: weight, two moments, touched flag."""
-    return num_rows * (3 * row_dim * itemsize + 1)
-
-
-def _check_memory(layout: RowLayout, row_dim: int, itemsize: int, shards_on_host: int) -> None:
-    # Shard 0 is never smaller than another: every rank judges its host by the same number.
-    needed = shards_on_host * shard_bytes(layout.num_local_rows(0), row_dim, itemsize)
-    free = available_bytes()
-    if needed > free:
-        raise UsageError(
-            f"Engram tables need {needed / GIB:.2f} GiB of host memory here ({shards_on_host} of {layout.num_shards} "
-            f"shards of {layout.total_rows} rows x {row_dim} columns, weight and two Adam moments of {itemsize} bytes "
-            f"each), {free / GIB:.2f} GiB are free; use more hosts, or lower engram.rows_per_head or engram.memory_dim"
-        )

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from engram_checkpoints import tables
 from engram_checkpoints.backbone import load_backbone, load_backbone_weights, save_backbone
 from engram_megatron.config import RunConfig
+from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.overrides import to_dict
 from engram_megatron.training.conditional_memory import ConditionalMemory
@@ -29,6 +31,10 @@ from engram_megatron.training.run_folder import COMPLETE, RunFolder
 from engram_megatron.training.train_state import TrainState
 
 BACKBONE, TABLES = "backbone", "tables.zarr"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the last complete one stands."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +50,24 @@ class Checkpointer:
     corpus_fingerprint: str
 
     def save(self, step: int, tokens_seen: int) -> Path:
-        """Write the checkpoint of `step`; nothing counts before COMPLETE stands in it."""
+        """Write the checkpoint of `step`; nothing counts before COMPLETE stands in it.
+
+        Raises:
+            SaveError: the file system refused (a full disk, a quota); on the ranks that met it.
+        """
         path = self.folder.checkpoint(step)
+        try:
+            self._write(path, step, tokens_seen)
+        except (OSError, CheckpointException) as error:  # torch wraps its writers' errors
+            reason = str(error).strip().splitlines()[-1]
+            free_gib = shutil.disk_usage(self.folder.path).free / 1024**3
+            raise SaveError(
+                f"checkpoint {path} could not be written ({reason}); {free_gib:.2f} GiB are free there; make room and "
+                "continue from the last complete one with --resume"
+            ) from error
+        return path
+
+    def _write(self, path: Path, step: int, tokens_seen: int) -> None:
         if self.ranks.is_first:
             if path.exists():  # what a killed run left half-written
                 (path / COMPLETE).unlink(missing_ok=True)
@@ -63,7 +85,6 @@ class Checkpointer:
             (path / COMPLETE).touch()
             self.folder.remove_old_checkpoints(self.config.checkpoint.keep_last)
         self._barrier()
-        return path
 
     def load(self, path: Path) -> TrainState:
         """Continue from `path`, bit for bit (`preflight` has compared configs and hash identities).
@@ -73,15 +94,27 @@ class Checkpointer:
         """
         state = TrainState.read(path)
         load_backbone(path / BACKBONE, [self.model], self.optimizer)
-        if self.memory is not None:
-            tables.load_shard(path / TABLES, self.memory.shard)
+        self._load_tables(path, weights_only=False)
         return state
 
     def load_weights(self, path: Path) -> None:
         """Take weights and table rows of `path`; the optimizer, the step and the data start anew."""
         load_backbone_weights(path / BACKBONE, [self.model], self.optimizer)
+        self._load_tables(path, weights_only=True)
+
+    def _load_tables(self, path: Path, *, weights_only: bool) -> None:
+        """Each rank reads its own rows; a chunk that one of them cannot read stops all."""
+        problem = None
         if self.memory is not None:
-            tables.load_shard(path / TABLES, self.memory.shard, weights_only=True)
+            try:
+                tables.load_shard(path / TABLES, self.memory.shard, weights_only=weights_only)
+            except UsageError as error:
+                problem = str(error)
+        problems: list[str | None] = [None] * self.ranks.world_size
+        dist.all_gather_object(problems, problem, group=self.ranks.host_group)
+        for found in problems:
+            if found is not None:
+                raise UsageError(found)
 
     def _state(self, step: int, tokens_seen: int) -> TrainState:
         return TrainState(

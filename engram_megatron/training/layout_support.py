@@ -8,6 +8,8 @@ from engram_megatron.errors import UsageError
 
 def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     """Raise `UsageError` where the layout does not divide over `world_size` ranks, or is not trained yet."""
+    if world_size < 1:
+        raise UsageError(f"number of ranks = {world_size} must be at least 1")
     config.validate_layout(world_size)
     for name in ("tensor", "pipeline", "context"):
         size = getattr(config.parallel, name)

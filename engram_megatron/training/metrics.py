@@ -24,7 +24,7 @@ class MetricsLog:
         self.output = output
         self.started = time.monotonic()
         self.first_step = first_step
-        _drop_lines_from(folder, first_step)
+        self.validated_step = _drop_lines_after(folder, first_step)
         self.lines = folder.metrics_file.open("a", buffering=1)
         self.board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1 if first_step else None)
 
@@ -35,8 +35,11 @@ class MetricsLog:
         self.output.flush()
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the validation numbers after `step` updates and print a line."""
-        self._write(step, values)
+        """Log the validation numbers after `step` updates and print a line. A resume that validates the step of its
+        checkpoint again only prints it."""
+        if step != self.validated_step:
+            self._write(step, values)
+            self.validated_step = step
         self.say(f"step {step:>6}/{self.num_steps} | validation loss {values['validation/loss']:.4f}")
 
     def text(self, tag: str, value: str) -> None:
@@ -62,19 +65,24 @@ class MetricsLog:
         return (time.monotonic() - self.started) / max(done, 1) * (self.num_steps - step)
 
 
-def _drop_lines_from(folder: RunFolder, first_step: int) -> None:
+def _drop_lines_after(folder: RunFolder, first_step: int) -> int | None:
+    """Keep the lines up to `first_step`; returns the last step that was validated among them."""
     if not folder.metrics_file.exists():
-        return
-    kept = []
+        return None
+    kept, validated_step = [], None
     for line in folder.metrics_file.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= first_step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError):
+            record = json.loads(line)
+        except json.JSONDecodeError:
             continue  # the last line of a killed run
+        if record["step"] <= first_step:
+            kept.append(line + "\n")
+            if "validation/loss" in record:
+                validated_step = int(record["step"])
     temporary = folder.metrics_file.with_suffix(".partial")
     temporary.write_text("".join(kept))
     temporary.replace(folder.metrics_file)
+    return validated_step
 
 
 def _progress(step: int, num_steps: int, values: Mapping[str, float], eta_s: float) -> str:

@@ -10,13 +10,19 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.hashing.vocab_projection import build_vocab_projection, identity_projection
+from engram_megatron.model.counts import parameter_specs
 from engram_megatron.optimizer.schedule import learning_rate_schedule
+from engram_megatron.overrides import from_dict
+from engram_megatron.tables.host_memory import check_host_memory
+from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.training.layout_support import check_layout_is_supported
 from engram_megatron.training.run_folder import RunFolder
 from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume
@@ -30,6 +36,19 @@ class Inputs:
     validation: Corpus
     hasher: NgramHasher | None
     resume_from: Path | None
+
+
+def check_start(config: RunConfig, num_ranks: int, *, resume: bool) -> None:
+    """What the process that the user started checks before it starts `num_ranks` ranks on this host.
+
+    Raises:
+        UsageError, CorpusError: the first thing that cannot work, in one line.
+    """
+    inputs = open_inputs(config, num_ranks, resume=resume)
+    if config.engram is not None and inputs.hasher is not None:
+        layout = RowLayout(inputs.hasher.total_rows, config.engram.block_rows, num_ranks)
+        itemsize = np.dtype(config.engram.table_dtype).itemsize
+        check_host_memory(layout, config.engram.row_dim, itemsize, shards_on_host=num_ranks)
 
 
 def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
@@ -58,7 +77,9 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
         check_hash_identity(state, identity, resume_from)
     elif config.checkpoint.init_from:
         source = Path(config.checkpoint.init_from)
-        check_hash_identity(TrainState.read(source), identity, source)
+        state = TrainState.read(source)
+        check_hash_identity(state, identity, source)
+        _check_same_tensors(state, config, source)
     return Inputs(train, validation, hasher, resume_from)
 
 
@@ -103,11 +124,25 @@ def _hasher(config: RunConfig, corpus: Corpus) -> NgramHasher | None:
     return NgramHasher.from_config(config.engram, projection, config.model.vocab_size)
 
 
+def _check_same_tensors(state: TrainState, config: RunConfig, source: Path) -> None:
+    """Raise `UsageError` where the weights of `source` do not fit this model: other tensors, or other shapes."""
+    ours = {spec.name: spec.shape for spec in parameter_specs(config)}
+    theirs = {spec.name: spec.shape for spec in parameter_specs(from_dict(RunConfig, state.config))}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UsageError(
+                f"checkpoint.init_from = {source} holds another model: {name} has shape {theirs.get(name, 'none')} "
+                f"there and {ours.get(name, 'none')} here"
+            )
+
+
 def _resume_from(config: RunConfig, resume: bool) -> Path | None:
     folder = RunFolder(config.run_dir)
     folder.check_unlocked()
+    folder.check_writable()
     if not resume:
         folder.check_unused()
         return None
+    folder.check_is_run_or_empty()
     complete = folder.complete_checkpoints()
     return complete[-1] if complete else None

@@ -1,4 +1,7 @@
-"""What one rank's process does around a run: speak up when it fails, and end so that all other ranks end too."""
+"""What one rank's process does around a run: speak up when it fails, and end so that all other ranks end too.
+
+Exit codes: 0 finished, or stopped because that was asked for; 2 a user's mistake; 1 anything else.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,45 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
+from pathlib import Path
+from typing import NoReturn
 
 from engram_data.errors import CorpusError
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
+from engram_megatron.training.stop_signal import StopSignal
 
 EXIT_USAGE, EXIT_FAILURE = 2, 1
+# Errors that all ranks meet alike are told by rank 0, which whoever started the ranks then ends the others for.
+SECONDS_FOR_RANK_0 = 10.0
 
 
-def run_rank(config: RunConfig, *, resume: bool) -> None:
-    """Train on this rank. Leaves the process on failure, without any further collective: the others' collectives
-    then break, and torchrun or Slurm ends them."""
+def run_rank(config: RunConfig, *, resume: bool) -> int:
+    """Train on this rank and return 0. Leaves the process on failure, without any further collective: the others'
+    collectives then break, and whoever started the ranks ends them."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|emerging_optimizers)\b.*")
     for chatty in ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     rank = os.environ.get("RANK", "0")
     try:
-        platform.limit_threads(threads_per_rank())
-        platform.install()
-        from engram_megatron.training.run import train  # megatron-core must be imported after `install`
+        with StopSignal(Path(config.run_dir)) as stop:
+            platform.limit_threads(threads_per_rank())
+            platform.install()
+            # megatron-core must be imported after `install`
+            from engram_megatron.training.checkpointing import SaveError
+            from engram_megatron.training.run import train
+            from engram_megatron.training.trainer import NonFiniteLossError
 
-        summary = train(config, resume=resume)
+            try:
+                summary = train(config, resume=resume, stop=stop)
+            except (NonFiniteLossError, SaveError) as error:
+                _leave_together(rank, error, EXIT_FAILURE)
     except (UsageError, CorpusError) as error:
-        _leave(f"error: {error}" if rank == "0" else "", EXIT_USAGE)
+        _leave_together(rank, error, EXIT_USAGE)
     except BaseException as error:
         trace = "".join(traceback.format_exception(error))
         where = f"rank {rank} on {socket.gethostname()} failed"
@@ -46,6 +62,7 @@ def run_rank(config: RunConfig, *, resume: bool) -> None:
             )
         print(f"run folder   {config.run_dir}\ncheckpoint   {summary.checkpoint}")
         print(f"look at it   {os.path.relpath(sys.executable)[: -len('python')]}tensorboard --logdir {config.run_dir}")
+    return 0
 
 
 def threads_per_rank() -> int:
@@ -53,9 +70,17 @@ def threads_per_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _leave(message: str, code: int) -> None:
-    if message:
-        print(message, file=sys.stderr)
+def _leave_together(rank: str, error: Exception, code: int) -> NoReturn:
+    """Leave with one line, told by rank 0 if it failed too; another rank speaks where rank 0 did not fail."""
+    line = " ".join(str(error).split())
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+        line = f"rank {rank} on {socket.gethostname()}: {line}"
+    _leave(f"error: {line}", code)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not sys.exit: destructors of process groups can hang on ranks that are gone

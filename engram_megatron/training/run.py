@@ -65,31 +65,33 @@ class _Run:
             self.log.say(line)
 
 
-def train(config: RunConfig, *, resume: bool) -> RunSummary:
+def train(config: RunConfig, *, resume: bool, stop: StopSignal) -> RunSummary:
     """Train on this rank of the job until `training.num_steps`, or until a stop is asked for. All ranks call it.
 
+    Nothing is written before the checkpoint to start from has been read.
+
     Raises:
-        UsageError, CorpusError: before any work, on every rank alike.
+        UsageError, CorpusError: before any work, on every rank alike; later, for a corpus that cannot be read.
+        SaveError: a checkpoint could not be written.
         NonFiniteLossError: on every rank alike; the last checkpoint stands.
     """
     _, world_size, _ = parallel.world_from_environment()
     inputs = open_inputs(config, world_size, resume=resume)
     ranks = parallel.initialize(config)
-    folder = RunFolder(config.run_dir)
-    if ranks.is_first:
-        folder.claim(config)
-    dist.barrier(group=ranks.host_group)
-    with StopSignal(folder.path) as stop:
-        run = _build(config, ranks, folder, inputs)
+    run = _build(config, ranks, inputs)
+    try:
         summary = _loop(run, stop)
+    finally:
         if run.log is not None:
             run.log.close()
-            stop.stop_file.unlink(missing_ok=True)
+    if run.log is not None:
+        stop.stop_file.unlink(missing_ok=True)
     parallel.close()
     return summary
 
 
-def _build(config: RunConfig, ranks: Ranks, folder: RunFolder, inputs: Inputs) -> _Run:
+def _build(config: RunConfig, ranks: Ranks, inputs: Inputs) -> _Run:
+    folder = RunFolder(config.run_dir)
     memory = None
     if inputs.hasher is not None:
         memory = ConditionalMemory(config, inputs.hasher, ranks, shards_on_host=_ranks_on_this_host(ranks))
@@ -99,6 +101,7 @@ def _build(config: RunConfig, ranks: Ranks, folder: RunFolder, inputs: Inputs) -
     step, tokens_seen = _restore(config, checkpointer, inputs)
     log = None
     if ranks.is_first:
+        folder.claim(config)
         log = MetricsLog(folder, first_step=step, num_steps=config.training.num_steps, output=sys.stdout)
         log.text("config", "    " + json.dumps(to_dict(config), indent=2).replace("\n", "\n    "))
     return _Run(
@@ -131,7 +134,7 @@ def _restore(config: RunConfig, checkpointer: Checkpointer, inputs: Inputs) -> t
 def _loop(run: _Run, stop: StopSignal) -> RunSummary:
     config, num_steps = run.config, run.config.training.num_steps
     first_validation = last_validation = _validate(run)
-    stopped_by = None
+    stopped_by = _stopped_before_the_first_step(run, stop)
     with _profiler(run) as profiler:
         while run.step < num_steps and stopped_by is None:
             reason = stop.reason()
@@ -144,7 +147,7 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
             if profiler is not None:
                 profiler.step()
             if result.stop_requests:
-                stopped_by = reason or "another rank"
+                stopped_by = stop.reason() or "another rank"  # asked again: it may have come while the step ran
             if _due(run.step, config.training.validate_every_steps) and run.step < num_steps:
                 last_validation = _validate(run)
             if _due(run.step, config.checkpoint.every_steps):
@@ -159,6 +162,13 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
         checkpoint=_save(run),
         stopped_by=stopped_by,
     )
+
+
+def _stopped_before_the_first_step(run: _Run, stop: StopSignal) -> str | None:
+    """Later stop requests travel with the loss of a step."""
+    reason = stop.reason()
+    asked = parallel.sum_over_ranks([float(reason is not None)], run.ranks)[0]
+    return (stop.reason() or "another rank") if asked else None
 
 
 def _due(step: int, every: int) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 from engram_megatron.config import RESUME_FREE, RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import leaves, to_dict
+from engram_megatron.training.stop_signal import STOP_FILE
 
 COMPLETE = "COMPLETE"
 LOCK = ".lock"
@@ -41,14 +42,34 @@ class RunFolder:
         """Raise `UsageError` if a run stands in the folder (to continue it, `--resume`)."""
         if self.config_file.exists():
             raise UsageError(f"{self.path} already holds a run; continue it with --resume or choose another run_dir")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UsageError(f"run_dir = {self.path} exists and is not an empty folder")
+        self.check_is_run_or_empty()
+
+    def check_is_run_or_empty(self) -> None:
+        """Raise `UsageError` if there is something else than a run at the path. A start cut short left only a lock."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"run_dir = {self.path} is not a folder; choose another run_dir")
+        if self.path.exists() and not self.config_file.exists():
+            ours = {LOCK, STOP_FILE, *(path.name for path in self._subfolders())}
+            others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
+            if others:
+                raise UsageError(f"run_dir = {self.path} holds no run but other files ({others[0]}); choose another")
+
+    def check_writable(self) -> None:
+        """Raise `UsageError` if the folder cannot be made, or not be written to."""
+        existing = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
+            raise UsageError(f"run_dir = {self.path} cannot be written: no permission in {existing}")
+        if existing != self.path.absolute() and not existing.is_dir():
+            raise UsageError(f"run_dir = {self.path} cannot be made: {existing} is not a folder")
 
     def check_unlocked(self) -> None:
-        """Raise `UsageError` if a live process trains in this folder."""
-        if (self.path / LOCK).exists():
-            with (self.path / LOCK).open("a") as handle:
-                self._try_lock(handle)
+        """Raise `UsageError` if a live process trains in this folder. Any number of ranks may ask at a time."""
+        try:
+            handle = (self.path / LOCK).open()
+        except OSError:
+            return
+        with handle:
+            self._try_lock(handle, fcntl.LOCK_SH)
 
     def claim(self, config: RunConfig) -> None:
         """Create the folder and hold its lock until this process ends. First rank only.
@@ -58,15 +79,18 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("a")
-        self._try_lock(self._lock)
-        for folder in (self.tensorboard, self.logs, self.checkpoints):
+        self._try_lock(self._lock, fcntl.LOCK_EX)
+        for folder in self._subfolders():
             folder.mkdir(exist_ok=True)
         write_json(self.config_file, to_dict(config))
 
-    def _try_lock(self, handle: Any) -> None:
+    def _subfolders(self) -> tuple[Path, ...]:
+        return self.tensorboard, self.logs, self.checkpoints
+
+    def _try_lock(self, handle: Any, kind: int) -> None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise UsageError(f"{self.path} is in use by a running job; choose another run_dir") from error
 
     def checkpoint(self, step: int) -> Path:
@@ -100,8 +124,9 @@ def check_resumable(saved: dict[str, Any], config: RunConfig) -> None:
             before = before.get(part) if isinstance(before, dict) else None
         now = list(value) if isinstance(value, tuple) else value
         if before != now:
+            was = f"{key} set" if isinstance(before, dict) else repr(before)  # an optional part switched off since
             raise UsageError(
-                f"cannot resume with {key} = {now!r}: the checkpoint was made with {before!r}; restore it, or start a "
+                f"cannot resume with {key} = {now!r}: the checkpoint was made with {was}; restore it, or start a "
                 "new run with checkpoint.init_from (weights only)"
             )
 

@@ -8,12 +8,14 @@ from types import FrameType
 from typing import Any
 
 STOP_FILE = "STOP"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignal:
     """Remembers that a stop was asked for. The trainer reads it between steps and lets all ranks agree.
 
     A signal that comes while Python imports or sits in a long collective is not lost: the handler only sets a flag.
+    `launch_ranks` starts ranks with these signals blocked, so that none comes before the handler stands.
     The stop file (`run_dir/STOP`) serves where signals do not reach the ranks; it is removed by the run that obeys it.
     """
 
@@ -23,8 +25,9 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         return self
 
     def __exit__(self, *_exception: Any) -> None:

@@ -33,8 +33,11 @@ class TrainState:
             raise UsageError(f"{checkpoint} is not a complete checkpoint (no {COMPLETE} in it)")
         try:
             return cls(**json.loads((checkpoint / TRAIN_STATE).read_text()))
-        except (OSError, TypeError, json.JSONDecodeError) as error:
-            raise UsageError(f"{checkpoint / TRAIN_STATE} cannot be read: {error}") from error
+        except (OSError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{checkpoint / TRAIN_STATE} is damaged or of another version ({error}); use another checkpoint "
+                f"(without {checkpoint / COMPLETE}, --resume takes the one before)"
+            ) from error
 
     def write(self, checkpoint: Path) -> None:
         write_json(checkpoint / TRAIN_STATE, asdict(self))

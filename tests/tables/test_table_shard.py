@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engram_megatron.errors import UsageError
-from engram_megatron.tables.host_memory import available_bytes, cgroup_headrooms
+from engram_megatron.tables.host_memory import available_bytes, cgroup_headrooms, shard_bytes
 from engram_megatron.tables.row_layout import RowLayout
-from engram_megatron.tables.table_shard import TableShard, shard_bytes
+from engram_megatron.tables.table_shard import TableShard
 
 LAYOUT = RowLayout(total_rows=100, block_rows=8, num_shards=3)
 

@@ -1,0 +1,36 @@
+"""A stop that was asked for is remembered, whatever way it came."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from engram_megatron.training.stop_signal import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_is_remembered_and_its_handler_restored(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+    with StopSignal(tmp_path) as stop:
+        assert stop.reason() is None
+        os.kill(os.getpid(), number)
+        assert stop.reason() == number.name
+        assert stop.reason() == number.name, "a reason is not used up by asking"
+    assert signal.getsignal(number) is before
+
+
+def test_blocked_signal_arrives_when_the_handler_stands(tmp_path: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # other threads of pytest do not block it
+    with StopSignal(tmp_path) as stop:
+        assert stop.reason() == "SIGTERM"
+
+
+def test_stop_file_asks_for_a_stop(tmp_path: Path) -> None:
+    with StopSignal(tmp_path) as stop:
+        (tmp_path / "STOP").touch()
+        assert stop.reason() == "file STOP"

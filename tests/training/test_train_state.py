@@ -1,0 +1,67 @@
+"""The state of a checkpoint: written and read back, and refused where a resume would be another run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engram_megatron.errors import UsageError
+from engram_megatron.overrides import from_dict, to_dict
+from engram_megatron.presets import engram_tiny
+from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume
+
+STATE = TrainState(
+    step=7,
+    tokens_seen=1234,
+    world_size=2,
+    corpus_fingerprint="a" * 64,
+    hash_identity={"hash_seed": 0},
+    config=json.loads(json.dumps(to_dict(engram_tiny()))),
+)
+
+
+def write(folder: Path) -> None:
+    STATE.write(folder)
+    (folder / "COMPLETE").touch()
+
+
+def test_read_gives_what_was_written(tmp_path: Path) -> None:
+    write(tmp_path)
+    state = TrainState.read(tmp_path)
+    assert state == STATE
+    assert from_dict(type(engram_tiny()), state.config) == engram_tiny()
+    check_resume(state, engram_tiny(), 2, "a" * 64)
+
+
+def test_checkpoint_without_its_mark_does_not_exist(tmp_path: Path) -> None:
+    STATE.write(tmp_path)
+    with pytest.raises(UsageError, match="not a complete checkpoint"):
+        TrainState.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"step": 1}', b"\xff\xfe", b'{"unknown": 1}'])
+def test_damaged_state_is_named_in_one_line(content: bytes, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "train_state.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"train_state\.json is damaged") as refused:
+        TrainState.read(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_rank_count_or_corpus_is_refused_with_both_values() -> None:
+    with pytest.raises(UsageError, match="on 4 ranks: the checkpoint was made on 2"):
+        check_resume(STATE, engram_tiny(), 4, "a" * 64)
+    with pytest.raises(UsageError, match="bbbbbbbbbbbb, the checkpoint was trained on aaaaaaaaaaaa"):
+        check_resume(STATE, engram_tiny(), 2, "b" * 64)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [(None, {"hash_seed": 0}), ({"hash_seed": 0}, None), ({"hash_seed": 0}, {"hash_seed": 1})]
+)
+def test_tables_of_another_hash_are_refused(there: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
+    with pytest.raises(UsageError, match="tables"):
+        check_hash_identity(replace(STATE, hash_identity=there), here, Path("checkpoint"))
