@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import tempfile
@@ -28,7 +29,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     context = _forkserver()
     with tempfile.TemporaryDirectory() as scratch:
         results = context.Queue()
-        port = _free_port()
+        port = free_port()
         processes = [
             context.Process(
                 target=_rank_main, args=(function, rank, world_size, port, scratch, results, args), daemon=True
@@ -116,7 +117,14 @@ def _rank_main(
             os._exit(1)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, below the range from which the kernel serves outgoing connections: one from there
+    could be taken by any of gloo's own connections before rank 0 listens on it."""
+    while True:
+        port = random.SystemRandom().randrange(12000, 30000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -6,7 +6,6 @@ import json
 import lzma
 import os
 import resource
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,9 +65,9 @@ def run_starts(starts: Sequence[Start], world_size: int = 2) -> list[list[Any]]:
 
     Returns per rank and start a `RunSummary`, or the class name and text of what it raised.
     """
-    from ranks import run_ranks
+    from ranks import free_port, run_ranks
 
-    return run_ranks(_train_each, world_size, list(starts), [_free_port() for _ in range(len(starts) + 1)])
+    return run_ranks(_train_each, world_size, list(starts), [free_port() for _ in range(len(starts) + 1)])
 
 
 def _train_each(_rank: int, _world_size: int, starts: list[Start], ports: list[int]) -> list[Any]:
@@ -166,9 +165,3 @@ def backbone(checkpoint: Path) -> dict[str, Any]:
 def files_under(folder: Path) -> dict[str, int]:
     """Relative path and time of last change of everything below `folder`."""
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -53,7 +52,7 @@ def initialize(config: RunConfig) -> Ranks:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(platform.backend(), timeout=timeout)
     else:
-        store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True)  # type: ignore[attr-defined]
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # type: ignore[attr-defined]
         dist.init_process_group(platform.backend(), store=store, rank=0, world_size=1, timeout=timeout)
     return initialize_groups(config, rank, world_size)
 
@@ -93,9 +92,3 @@ def sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=ranks.host_group)
     return [float(value) for value in total]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_shapes import tiny_shapes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engram_megatron.config import HyperConnectionConfig, RunConfig
 from engram_megatron.model.counts import count_parameters
 from engram_megatron.model.flops import token_flops
-from engram_megatron.presets import engram_27b, engram_tiny
+from engram_megatron.presets import engram_27b
 
-TOKENS = 256  # one sequence of the tiny preset
+TOKENS = 256  # one sequence of `tiny_shapes`
 
 
 def _weight(*shape: int) -> Tensor:
@@ -57,7 +58,7 @@ def _attention_projections(config: RunConfig) -> Tensor:
 
 @pytest.mark.parametrize("query_lora_rank", [None, 48])
 def test_attention_projections_match_a_counted_forward_pass(query_lora_rank: int | None) -> None:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     attention = replace(tiny.model.attention, query_lora_rank=query_lora_rank)
     tiny = replace(tiny, model=replace(tiny.model, attention=attention))
     counted = tiny.model.num_layers * _counted(lambda: _attention_projections(tiny))
@@ -65,7 +66,7 @@ def test_attention_projections_match_a_counted_forward_pass(query_lora_rank: int
 
 
 def test_causal_attention_is_half_of_the_counted_square() -> None:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     a = tiny.model.attention
 
     def square() -> Tensor:
@@ -77,7 +78,7 @@ def test_causal_attention_is_half_of_the_counted_square() -> None:
 
 
 def test_feed_forwards_router_and_head_match_a_counted_forward_pass() -> None:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     model, moe = tiny.model, tiny.model.moe
     assert moe is not None
     width = model.hidden_size
@@ -92,7 +93,7 @@ def test_feed_forwards_router_and_head_match_a_counted_forward_pass() -> None:
 
 
 def test_hyper_connections_match_a_counted_forward_pass() -> None:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     n, width = tiny.model.mhc.num_streams, tiny.model.hidden_size
 
     def sub_layer() -> Tensor:
@@ -113,7 +114,7 @@ def test_hyper_connections_match_a_counted_forward_pass() -> None:
     ("gate", "conv", "multi_branch"), [(True, True, True), (False, True, True), (True, False, False)]
 )
 def test_engram_matches_a_counted_forward_pass(gate: bool, conv: bool, multi_branch: bool) -> None:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     assert tiny.engram is not None
     engram = replace(tiny.engram, gate=gate, conv=conv, multi_branch=multi_branch)
     width, streams = tiny.model.hidden_size, tiny.model.mhc.num_streams if multi_branch else 1
@@ -140,7 +141,7 @@ def test_backward_pass_costs_twice_the_forward_pass() -> None:
     forward = _counted(lambda: _swiglu(_tokens(128), 384))
     both = _counted(lambda: _swiglu(_tokens(128), 384), backward=True)
     assert both == 3 * forward
-    flops = token_flops(engram_tiny())
+    flops = token_flops(tiny_shapes())
     assert flops.forward_backward == 3 * flops.forward
 
 

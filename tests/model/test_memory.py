@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tiny_shapes import tiny_shapes
 
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.model.counts import TensorSpec, count_parameters, parameter_specs
 from engram_megatron.model.memory import RankMemory, job_table_bytes, microbatch_activation_bytes, rank_memory
 from engram_megatron.model.placement import rank_elements, rank_table_rows, stage_specs
-from engram_megatron.presets import dense_4b, engram_27b, engram_tiny, moe_27b
+from engram_megatron.presets import dense_4b, engram_27b, moe_27b
 
 
 def _one_value(spec: TensorSpec) -> int:
@@ -23,7 +24,7 @@ def _stages(config: RunConfig, world_size: int) -> list[RankMemory]:
 
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 def test_pipeline_stages_together_hold_every_parameter_once(pipeline: int) -> None:
-    tiny = replace(engram_tiny(), parallel=ParallelConfig(pipeline=pipeline))
+    tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=pipeline))
     names = [spec.name for stage in range(pipeline) for spec in stage_specs(tiny, stage)]
     assert sorted(names) == sorted(spec.name for spec in parameter_specs(tiny))
     counts = count_parameters(tiny)
@@ -32,7 +33,7 @@ def test_pipeline_stages_together_hold_every_parameter_once(pipeline: int) -> No
 
 
 def test_tensor_and_expert_ranks_divide_what_they_should() -> None:
-    tiny = replace(engram_tiny(), parallel=ParallelConfig(tensor=2, expert=4))
+    tiny = replace(tiny_shapes(), parallel=ParallelConfig(tensor=2, expert=4))
     held = {spec.name.removeprefix("decoder.layers.1."): spec for spec in parameter_specs(tiny)}
 
     def share(name: str) -> float:
@@ -58,7 +59,7 @@ def test_bfloat16_training_keeps_float32_masters_gradients_and_moments() -> None
 
 
 def test_optimizer_state_counts_the_values_of_each_tensor() -> None:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     one = rank_memory(tiny, 1, 0, _one_value).optimizer_state
     embedding = rank_memory(tiny, 1, 0, lambda spec: 2 if spec.part == "token embedding" else 1).optimizer_state
     assert embedding - one == 4 * 4096 * 128
@@ -76,7 +77,7 @@ def test_tables_are_dealt_in_blocks_over_every_rank() -> None:
 
 
 def test_first_stage_keeps_as_many_microbatches_as_there_are_stages() -> None:
-    tiny = replace(engram_tiny(), parallel=ParallelConfig(pipeline=4))
+    tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=4))
     assert [memory.microbatches_in_flight for memory in _stages(tiny, 4)] == [4, 3, 2, 1]
     one_batch = replace(tiny, training=replace(tiny.training, micro_batch_size=16))
     assert [memory.microbatches_in_flight for memory in _stages(one_batch, 4)] == [1, 1, 1, 1]
@@ -84,7 +85,7 @@ def test_first_stage_keeps_as_many_microbatches_as_there_are_stages() -> None:
 
 def test_activations_of_a_dense_layer_are_the_sum_of_kept_tensors() -> None:
     """One residual stream, no Engram, no experts, tiny shapes: summed by hand per token and layer in float32."""
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     model = replace(tiny.model, moe=None, mhc=replace(tiny.model.mhc, num_streams=1))
     config = replace(tiny, engram=None, model=model)
     norms = 2 * 2 * 128  # input and output of both
@@ -95,7 +96,7 @@ def test_activations_of_a_dense_layer_are_the_sum_of_kept_tensors() -> None:
 
 
 def test_activations_shrink_with_tensor_and_context_ranks() -> None:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     whole = microbatch_activation_bytes(tiny, 0)
     assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(tensor=2)), 0) == whole // 2
     assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(context=4)), 0) == whole // 4

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tiny_shapes import tiny_shapes
 
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.model.counts import count_parameters
 from engram_megatron.model.traffic import expected_unique_ratio, rank_traffic
-from engram_megatron.presets import engram_tiny
 
-TOKENS = 16 * 256  # per step of the tiny preset
+TOKENS = 16 * 256  # per step of `tiny_shapes`
 
 
 def _tiny(**parallel: int) -> RunConfig:
-    tiny = engram_tiny()
+    tiny = tiny_shapes()
     return replace(tiny, parallel=ParallelConfig(**parallel), training=replace(tiny.training, micro_batch_size=1))
 
 
