@@ -1,7 +1,8 @@
 """A whole run small enough for a test: config, batches, and the objects that `training.run` would build on a rank.
 
 Two layers of experts behind a dense one, four residual streams, Engram at layers 2 and 3, several documents per
-sequence. The global batch of a step is the same for any number of ranks, each of which takes two microbatches of it.
+sequence. The global batch of a step is the same for any number of ranks; each data replica takes two microbatches of
+it.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def take(batch: Batch, sequences: slice) -> Batch:
     )
 
 
-def microbatches(batch: Batch, rank: int, world_size: int) -> list[Batch]:
-    """This rank's `MICROBATCHES` consecutive pieces of a global batch."""
-    size = GLOBAL_BATCH // world_size // MICROBATCHES
-    first = rank * MICROBATCHES
+def microbatches(batch: Batch, data_rank: int, data_ranks: int) -> list[Batch]:
+    """The `MICROBATCHES` consecutive pieces of a global batch that data replica `data_rank` of `data_ranks` takes."""
+    size = GLOBAL_BATCH // data_ranks // MICROBATCHES
+    first = data_rank * MICROBATCHES
     return [take(batch, slice(i * size, (i + 1) * size)) for i in range(first, first + MICROBATCHES)]
 
 
@@ -108,7 +109,7 @@ def build_small_run(config: RunConfig, rank: int, world_size: int, *, rough: boo
     from engram_megatron.training.conditional_memory import ConditionalMemory
     from engram_megatron.training.trainer import Trainer
 
-    size = GLOBAL_BATCH // world_size // MICROBATCHES
+    size = GLOBAL_BATCH // config.parallel.data(world_size) // MICROBATCHES
     config = replace(config, training=replace(config.training, micro_batch_size=size))
     ranks = small_groups(config, rank, world_size)
     memory = None
@@ -155,12 +156,14 @@ def roughen(model: Any) -> None:
     import torch
 
     from engram_megatron.model.parameter_names import global_named_parameters
+    from engram_megatron.model.tensor_shard import global_shape, take_shard
 
     with torch.no_grad():
         for name, parameter in global_named_parameters(model):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             scale = 0.5 if "mhc_" in name else 0.1
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+            noise = torch.randn(global_shape(parameter), generator=generator, dtype=torch.float64) * scale
+            parameter.add_(take_shard(name, parameter, noise))
 
 
 def numbers(tensor: Any) -> np.ndarray[Any, Any]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from engram_megatron.model.hyper_connection import HyperConnection
 from engram_megatron.model.parameter_names import global_named_parameters
+from engram_megatron.model.tensor_shard import global_shape, take_shard
 
 _ONES = ("layernorm.weight", "norm_query.weight", "norm_key.weight", "norm_conv.weight")
 _ZEROS = ("short_conv.weight", ".bias")  # a zero convolution: Engram starts as its gated value (paper, section 2.3)
@@ -20,7 +21,8 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float) -> None:
     matrices from N(0, std^2).
 
     Each tensor has its own generator, seeded by a hash of (seed, global name), so that an expert or a layer gets the
-    same values wherever it lives and whatever else the model holds.
+    same values wherever it lives and whatever else the model holds. A tensor that is divided over tensor-parallel ranks
+    is drawn whole, one at a time, and each rank keeps its part.
     """
     mhc_parameters = _reset_hyper_connections(model, seed)
     for name, parameter in global_named_parameters(model):
@@ -33,8 +35,9 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float) -> None:
         else:
             assert parameter.dim() == 2, f"no initialisation rule for {name} {tuple(parameter.shape)}"
             # Drawn in float32 so that runs in different dtypes start from the same numbers, up to rounding.
-            values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-            parameter.copy_(values.normal_(0.0, std, generator=_generator(seed, name, parameter.device)))
+            whole = torch.empty(global_shape(parameter), dtype=torch.float32, device=parameter.device)
+            whole.normal_(0.0, std, generator=_generator(seed, name, parameter.device))
+            parameter.copy_(take_shard(name, parameter, whole))
 
 
 def _reset_hyper_connections(model: nn.Module, seed: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""Global names of parameters: the same whatever the pipeline stage or expert-parallel rank that holds them."""
+"""Global names of parameters: the same whatever the pipeline stage, tensor or expert-parallel rank that holds them."""
 
 from __future__ import annotations
 
