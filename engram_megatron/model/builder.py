@@ -28,12 +28,13 @@ class EngramModel(GPTModel):
         memory_LTBE: Tensor | None,
         memory_document_ids_BT: Tensor | None,
     ) -> Tensor:
-        """Logits [B, T, V] on the last pipeline stage, hidden states [T, B, M*C] on the others.
+        """Logits [B, T, V / tensor] on the last pipeline stage, hidden states [T / tensor, B, M*C] on the others.
 
         Args:
             tokens_BT: int64 ids.
             document_ids_BT: int32, equal numbers are one document, attention stays inside; None: one document.
-            memory_LTBE: rows of every Engram layer of the model, heads side by side; None without Engram.
+            memory_LTBE: rows of every Engram layer of the model, heads side by side, of this tensor rank's T / tensor
+                consecutive positions; None without Engram.
             memory_document_ids_BT: where the convolution restarts; None: it runs across documents.
         """
         output: Tensor = super().forward(

@@ -7,9 +7,11 @@ K taps of the convolution. Sequence first. The layer is given its memory and doe
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from engram_kernels.reference import engram_gate, short_conv
+from engram_megatron.model.halo import left_halo
 
 
 class ConstantWeight(nn.Module):
@@ -39,8 +41,12 @@ class EngramLayer(nn.Module):
     of the compute type. Give the convolution a real epsilon (the demo's is 1e-5) if memory can be exactly zero: see
     `engram_kernels.reference.short_conv`.
 
-    `last_gate_mean`: mean gate of each stream over the last forward's tokens, float32 [M], detached, on the layer's
-    device; None before the first forward and without the gate.
+    Under sequence parallelism every rank of `sequence_group` holds the parameters whole and an equal slice of the
+    sequence; the convolution takes what it needs of earlier slices from the ranks that hold them. The caller sums the
+    parameters' gradients over the group.
+
+    `last_gate_mean`: mean gate of each stream over the last forward's tokens of this rank, float32 [M], detached, on
+    the layer's device; None before the first forward and without the gate.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class EngramLayer(nn.Module):
         init_std: float,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> None:
         """`init_std` is that of the key and value projection. On a device other than "meta" parameters are set."""
         super().__init__()
@@ -68,6 +75,7 @@ class EngramLayer(nn.Module):
         self.norm_eps = norm_eps
         self.conv_norm_eps = conv_norm_eps
         self.init_std = init_std
+        self.sequence_group = sequence_group
         self.last_gate_mean: Tensor | None = None
         outputs = hidden_size * (1 + num_streams) if gate else hidden_size
         # nn.Linear would draw its own initial weights from the caller's random stream; skip_init does not
@@ -96,7 +104,8 @@ class EngramLayer(nn.Module):
         """The update_TBMC that the caller adds to the residual streams, in memory's dtype.
 
         `document_ids_BT` (integers, equal neighbours = same document) keeps the convolution within documents; None
-        lets it see the whole sequence.
+        lets it see the whole sequence. With a `sequence_group`, T is this rank's slice in everything but
+        `document_ids_BT`, which are those of the whole sequence.
         """
         T, B, M, C = hidden_TBMC.shape
         assert (self.num_streams, self.hidden_size) == (M, C)
@@ -112,11 +121,31 @@ class EngramLayer(nn.Module):
             gated_TBMC = value_TBC.unsqueeze(2).expand(T, B, M, C)
         if self.norm_conv is None or self.short_conv is None:
             return gated_TBMC
-        return gated_TBMC + short_conv(
-            gated_TBMC,
+        halo, seen_TBMC, seen_ids_BT = self._with_halo(gated_TBMC, document_ids_BT)
+        convolved_TBMC = short_conv(
+            seen_TBMC,
             self.norm_conv.weight,
             self.short_conv.weight,
             self.conv_norm_eps,
             self.conv_dilation,
-            document_ids_BT,
+            seen_ids_BT,
         )
+        return gated_TBMC + convolved_TBMC[halo:]
+
+    def _with_halo(self, gated_TBMC: Tensor, document_ids_BT: Tensor | None) -> tuple[int, Tensor, Tensor | None]:
+        """(number of positions put before this rank's slice, the slice with them, document ids of both).
+
+        The halo is as long as the convolution reaches, or shorter where the sequence starts: what is not in it counts
+        as zero there. A document that began before the halo looks as if it began with it, out of every tap's reach.
+        """
+        if self.sequence_group is None:
+            return 0, gated_TBMC, document_ids_BT
+        assert self.short_conv is not None
+        T, rank = gated_TBMC.shape[0], self.sequence_group.rank()
+        reach = (self.short_conv.weight.shape[-1] - 1) * self.conv_dilation
+        halo_TBMC = left_halo(gated_TBMC, reach, self.sequence_group)
+        halo = halo_TBMC.shape[0]
+        if document_ids_BT is not None:
+            assert document_ids_BT.shape[1] == T * self.sequence_group.size()
+            document_ids_BT = document_ids_BT[:, rank * T - halo : (rank + 1) * T]
+        return halo, torch.cat([halo_TBMC, gated_TBMC]), document_ids_BT

@@ -7,8 +7,14 @@
 Between blocks (and pipeline stages) the streams travel as one tensor [T, B, M*C]; the first block of the model expands
 the embedding, the last one contracts. The rows of memory reach the block as megatron-core's cross-attention
 `context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that recomputation and interleaved
-microbatches cannot mix them up. Shape legend: L Engram layers of the model, E memory width, others as in
-`hyper_connection`.
+microbatches cannot mix them up.
+
+Under sequence parallelism (wherever tensor > 1) a rank holds T / tensor consecutive positions of hidden states and
+memory; document ids are always those of the whole sequence, which attention sees. All that stands here works on single
+positions; attention, feed-forward and the convolution fetch what they need of others.
+
+Shape legend: L Engram layers of the model, E memory width, others as in `hyper_connection`; T is this rank's share of
+the sequence, except in document ids.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
@@ -154,6 +161,7 @@ def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> Engram
         init_std=config.init_method_std,
         dtype=config.params_dtype,
         device=platform.device(),
+        sequence_group=parallel_state.get_tensor_model_parallel_group() if config.sequence_parallel else None,
     )
     for parameter in layer.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
