@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from engram_data.batch import Batch
@@ -21,7 +22,7 @@ class Microbatch:
     """What the model needs for B sequences of T tokens, on its device.
 
     `document_ids_BT` None: attention sees the whole sequence. `memory_document_ids_BT` None: the convolution runs
-    across documents. `memory_LTBE` None: a model without Engram.
+    across documents. `memory_LTBE` holds T / tensor positions, this tensor rank's share; None: a model without Engram.
     """
 
     tokens_BT: Tensor
@@ -60,5 +61,6 @@ def forward_step(microbatches: Iterator[Microbatch], model: nn.Module) -> tuple[
 
 def _loss(batch: Microbatch, logits_BTV: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(loss sum to differentiate, number of tokens, what the trainer reads)."""
-    loss_sum, tokens = token_loss_sum(logits_BTV, batch.labels_BT, batch.loss_mask_BT)
+    vocabulary_group = parallel_state.get_tensor_model_parallel_group()
+    loss_sum, tokens = token_loss_sum(logits_BTV, batch.labels_BT, batch.loss_mask_BT, vocabulary_group)
     return loss_sum, tokens.to(torch.int), {"loss_sum": loss_sum.detach(), "tokens": tokens}
