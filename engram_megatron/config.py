@@ -339,13 +339,31 @@ class RunConfig:
                 f"model.moe.num_experts = {self.model.moe.num_experts} is not divisible by parallel.expert = "
                 f"{self.parallel.expert}",
             )
-        check(
-            self.model.attention.num_heads % self.parallel.tensor == 0,
-            f"model.attention.num_heads = {self.model.attention.num_heads} is not divisible by parallel.tensor = "
-            f"{self.parallel.tensor}",
-        )
+        for what, size in self._divided_over_tensor_ranks().items():
+            check(
+                size % self.parallel.tensor == 0,
+                f"{what} = {size} is not divisible by parallel.tensor = {self.parallel.tensor}",
+            )
         check(
             self.model.num_layers % self.parallel.pipeline == 0,
             f"model.num_layers = {self.model.num_layers} is not divisible by parallel.pipeline = "
             f"{self.parallel.pipeline}",
         )
+
+    def _divided_over_tensor_ranks(self) -> dict[str, int]:
+        """Every size of which a tensor rank holds its share. Routed experts are held whole."""
+        attention, moe = self.model.attention, self.model.moe
+        sizes = {
+            "data.sequence_length": self.data.sequence_length,  # sequence parallelism comes with tensor > 1
+            "model.vocab_size": self.model.vocab_size,
+            "model.attention.num_heads": attention.num_heads,
+            "model.attention.kv_lora_rank + rope_head_dim": attention.kv_lora_rank + attention.rope_head_dim,
+        }
+        if attention.query_lora_rank is not None:
+            sizes["model.attention.query_lora_rank"] = attention.query_lora_rank
+        if moe is None or moe.num_leading_dense_layers > 0:
+            sizes["model.dense_ffn_size"] = self.model.dense_ffn_size
+        if moe is not None and moe.num_shared_experts > 0:
+            shared = moe.num_shared_experts * moe.expert_ffn_size
+            sizes["model.moe.num_shared_experts * expert_ffn_size"] = shared
+        return sizes

@@ -11,6 +11,17 @@ from small_run import global_batch, numbers, roughen, small_groups, small_hasher
 
 from engram_megatron.config import RunConfig
 
+STREAMS = 4
+# The first sub-layer sees equal streams: every doubly stochastic H_res leaves them as they are, and the norm behind
+# H_pre takes its scale away. Both have gradients that are zero up to rounding, which Adam and Muon turn into steps
+# without a direction. They change nothing that the model computes; only H_post does.
+_POST = slice(STREAMS, 2 * STREAMS)
+LIVE: dict[str, slice] = {
+    "decoder.layers.0.mhc_attention.bias": _POST,
+    "decoder.layers.0.mhc_attention.mapping.weight": _POST,
+    "decoder.layers.0.mhc_attention.alpha": slice(1, 2),
+}
+
 
 def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> dict[str, Any]:
     """On one rank: {"logits" of the first batch before any step, "steps": numbers of each step, "parameters",
@@ -40,15 +51,17 @@ def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     initial = {name: numbers(parameter) for name, parameter in global_named_parameters(model)}
     result: dict[str, Any] = {"initial": initial, "initial_table": numbers(embedding.weight), "steps": []}
     for step in range(num_steps):
-        batch = global_batch(step)
+        batch = global_batch(step, separate_documents=config.data.separate_documents)
         tokens, labels, mask, documents = (
             torch.from_numpy(array) for array in (batch.tokens, batch.labels, batch.loss_mask, batch.document_ids)
         )
-        rows_LBTH = torch.from_numpy(hasher.rows(batch.tokens, batch.document_ids))
+        attention_documents = documents if config.data.separate_documents else None
+        cut = config.engram.cut_at_documents
+        rows_LBTH = torch.from_numpy(hasher.rows(batch.tokens, batch.document_ids if cut else None))
         backbone_optimizer.zero_grad()
         embedding.zero_grad()
         memory_LTBE = embedding(rows_LBTH).flatten(-2).transpose(1, 2)
-        logits = model(tokens, documents, memory_LTBE, documents)
+        logits = model(tokens, attention_documents, memory_LTBE, documents if cut else None)
         if step == 0:
             result["logits"] = numbers(logits)
         log_probability = torch.log_softmax(logits, dim=-1).gather(-1, labels[..., None])[..., 0]
@@ -98,3 +111,30 @@ def _dense_table(config: RunConfig, total_rows: int) -> Any:
     weight = np.zeros((total_rows, config.engram.row_dim), config.engram.table_dtype)
     fill_initial_rows(weight, 0, config.training.seed, config.engram.init_std)
     return torch.nn.Embedding(total_rows, config.engram.row_dim, _weight=torch.from_numpy(weight))
+
+
+def live(parameters: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+    """Parameters, or their gradients, without those whose gradient is rounding noise: see `LIVE`."""
+    return {name: value[LIVE[name]] if name in LIVE else value for name, value in parameters.items()}
+
+
+def whole_table(
+    parts: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]], like: np.ndarray[Any, Any], empty: float
+) -> np.ndarray[Any, Any]:
+    """A table from the (global rows, values) of all ranks; rows that nobody has are `empty`."""
+    table = np.full_like(like, empty)
+    for rows, values in parts:
+        table[rows] = values
+    return table
+
+
+def largest_difference(ours: dict[str, np.ndarray[Any, Any]], theirs: dict[str, np.ndarray[Any, Any]]) -> float:
+    """Over all tensors, relative to the largest value of each."""
+    assert set(ours) == set(theirs)
+    return max(relative_difference(ours[name], theirs[name]) for name in theirs)
+
+
+def relative_difference(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> float:
+    """Largest difference, relative to the largest value."""
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

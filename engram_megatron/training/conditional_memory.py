@@ -1,6 +1,7 @@
 """The memory of a run: from token ids to rows in the model, and from gradients to updated rows.
 
-Shape legend: B sequences, T positions, L Engram layers, H heads of a layer, D row_dim, E = H * D memory width.
+Shape legend: B sequences, T positions, S = T / tensor positions of this tensor rank's share, L Engram layers, H heads
+of a layer, D row_dim, E = H * D memory width.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from engram_data.batch import Batch
 from engram_megatron.config import RunConfig
@@ -37,6 +39,7 @@ class ConditionalMemory:
         self.engram = config.engram
         self.dtype = TORCH_DTYPE[config.training.dtype]
         self.hasher = hasher
+        self.ranks = ranks
         layout = RowLayout(hasher.total_rows, config.engram.block_rows, ranks.world_size)
         row_dim, dtype = config.engram.row_dim, config.engram.table_dtype
         self.shard = TableShard(layout, ranks.rank, row_dim, dtype, shards_on_host=shards_on_host)
@@ -51,19 +54,25 @@ class ConditionalMemory:
         self.shard.initialize(seed, self.engram.init_std)
 
     def start(self, batches: Sequence[Batch]) -> PendingRows:
-        """Hash the microbatches of a step and begin to fetch their distinct rows. Collective over all ranks."""
-        ids_NLBTH = np.stack(
-            [
-                self.hasher.rows(batch.tokens, batch.document_ids if self.engram.cut_at_documents else None)
-                for batch in batches
-            ]
-        )
-        return self.lookup.start(ids_NLBTH)
+        """Hash the microbatches of a step and begin to fetch their distinct rows. Collective over all ranks.
+
+        Tensor ranks hash whole sequences, because windows cross the borders of their shares, and ask for the rows of
+        their own positions only: each position is asked for, and returns its gradient, once.
+        """
+        return self.lookup.start(np.stack([self._row_ids(batch) for batch in batches]))
+
+    def _row_ids(self, batch: Batch) -> NDArray[np.int64]:
+        """Row ids int64 [L, B, S, H]."""
+        rows_LBTH = self.hasher.rows(batch.tokens, batch.document_ids if self.engram.cut_at_documents else None)
+        share, rest = divmod(rows_LBTH.shape[2], self.ranks.tensor_ranks)
+        assert rest == 0, (rows_LBTH.shape, self.ranks.tensor_ranks)
+        first = self.ranks.tensor_rank * share
+        return rows_LBTH[:, :, first : first + share]
 
     def of_microbatch(self, rows: UniqueRows, index: int) -> torch.Tensor:
-        """Memory [L, T, B, E] of microbatch `index`, in the model's dtype, differentiable back to the rows."""
-        memory_LBTHD = rows.expand(index)
-        return memory_LBTHD.transpose(1, 2).flatten(-2).to(self.dtype)
+        """Memory [L, S, B, E] of microbatch `index`, in the model's dtype, differentiable back to the rows."""
+        memory_LBSHD = rows.expand(index)
+        return memory_LBSHD.transpose(1, 2).flatten(-2).to(self.dtype)
 
     def return_gradients(self, rows: UniqueRows) -> RowGradients:
         """Bring the gradients of a step to the rows' owners. Collective over all ranks."""

@@ -11,10 +11,10 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     if world_size < 1:
         raise UsageError(f"number of ranks = {world_size} must be at least 1")
     config.validate_layout(world_size)
-    for name in ("tensor", "pipeline", "context"):
+    for name in ("pipeline", "context"):
         size = getattr(config.parallel, name)
         if size != 1:
             raise UsageError(
-                f"parallel.{name} = {size}: this version trains with data and expert parallelism only; set "
+                f"parallel.{name} = {size}: this version trains with data, tensor and expert parallelism only; set "
                 f"parallel.{name}=1 (--dry-run plans any layout)"
             )

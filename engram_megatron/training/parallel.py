@@ -24,6 +24,8 @@ class Ranks:
     world_size: int
     data_rank: int
     data_ranks: int
+    tensor_rank: int
+    tensor_ranks: int
     host_group: dist.ProcessGroup
 
     @property
@@ -76,6 +78,8 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
         world_size=world_size,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_ranks=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_ranks=parallel_state.get_tensor_model_parallel_world_size(),
         host_group=host_group,
     )
 
@@ -92,3 +96,10 @@ def sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=ranks.host_group)
     return [float(value) for value in total]
+
+
+def once_per_replica(values: list[float], ranks: Ranks) -> list[float]:
+    """What this rank adds to `sum_over_ranks` of values that all tensor ranks of a data replica hold alike: the first
+    one all, the others nothing. A value that is not finite stays so on every rank, wherever it arose."""
+    share = 1.0 if ranks.tensor_rank == 0 else 0.0
+    return [value * share for value in values]

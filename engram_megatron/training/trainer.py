@@ -31,7 +31,7 @@ from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.optimizer.schedule import learning_rate_schedule
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.forward_step import Microbatch, make_microbatch
-from engram_megatron.training.parallel import Ranks, sum_over_ranks
+from engram_megatron.training.parallel import Ranks, once_per_replica, sum_over_ranks
 from engram_megatron.training.schedule_runner import ScheduleRunner
 from engram_megatron.training.step_metrics import expert_metrics, gather_metrics, layer_metrics
 
@@ -85,7 +85,8 @@ class Trainer:
         microbatches, rows = self._prepare(batches)
         gathered = time.perf_counter()
         loss_sum, tokens = self.runner.train(microbatches, len(batches))
-        totals = sum_over_ranks([loss_sum, float(tokens), float(stop_requested)], self.ranks)
+        counted = once_per_replica([loss_sum, float(tokens)], self.ranks)
+        totals = sum_over_ranks([*counted, float(stop_requested)], self.ranks)
         loss, num_tokens = totals[0] / totals[1], int(totals[1])
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"loss is {loss} in step {step + 1}; the optimizer has not moved")
@@ -111,7 +112,8 @@ class Trainer:
             microbatches, _ = self._prepare(batches)
             batch_loss, batch_tokens = self.runner.evaluate(microbatches, len(batches))
             loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
-        total_loss, total_tokens = sum_over_ranks([loss_sum, float(tokens)], self.ranks)
+        counted = once_per_replica([loss_sum, float(tokens)], self.ranks)
+        total_loss, total_tokens = sum_over_ranks(counted, self.ranks)
         return total_loss / total_tokens
 
     def metrics(self, result: StepResult) -> dict[str, float]:

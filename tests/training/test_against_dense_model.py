@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_run import dense_run, expert_biases
+from dense_run import dense_run, expert_biases, largest_difference, live, relative_difference, whole_table
 from ranks import run_ranks
 from small_run import build_small_run, global_batch, microbatches, numbers, small_run_config
 
-STEPS, STREAMS = 10, 4
+STEPS = 10
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]  # (ranks, expert-parallel size)
 FLOAT32_LAYOUTS = [(2, 2), (4, 1)]
 # Float64 rounding is 1e-16, of sums of 1e3 terms and a few hundred operations in a row 1e-14 in a gradient. Two things
@@ -25,15 +25,6 @@ FLOAT32_LAYOUTS = [(2, 2), (4, 1)]
 FLOAT64 = 1e-9
 # In float32 a token may take another expert in one of two correct runs: with all experts chosen none can.
 ALL_EXPERTS = ("model.moe.top_k=4",)
-# The first sub-layer sees equal streams: every doubly stochastic H_res leaves them as they are, and the norm behind
-# H_pre takes its scale away. Both have gradients that are zero up to rounding, which Adam and Muon turn into steps
-# without a direction. They change nothing that the model computes; only H_post does.
-_POST = slice(STREAMS, 2 * STREAMS)
-LIVE: dict[str, slice] = {
-    "decoder.layers.0.mhc_attention.bias": _POST,
-    "decoder.layers.0.mhc_attention.mapping.weight": _POST,
-    "decoder.layers.0.mhc_attention.alpha": slice(1, 2),
-}
 
 
 def _sharded(rank: int, world_size: int, config: Any) -> dict[str, Any]:
@@ -128,31 +119,10 @@ def _merge(parts: list[dict[str, np.ndarray]], of_ranks: str) -> dict[str, np.nd
     return merged
 
 
-def _table(parts: list[tuple[np.ndarray, np.ndarray]], like: np.ndarray, empty: float) -> np.ndarray:
-    table = np.full_like(like, empty)
-    for rows, values in parts:
-        table[rows] = values
-    return table
-
-
-def _largest_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Over all tensors, relative to the largest value of each."""
-    assert set(ours) == set(theirs)
-    return max(_relative(ours[name], theirs[name]) for name in theirs)
-
-
-def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def _live(parameters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: value[LIVE[name]] if name in LIVE else value for name, value in parameters.items()}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_equal_the_dense_model(layout: tuple[int, int]) -> None:
     logits = np.concatenate([rank["logits"] for rank in _run(layout)])
-    assert _relative(logits, _dense()["float64"]["logits"]) < FLOAT64
+    assert relative_difference(logits, _dense()["float64"]["logits"]) < FLOAT64
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -163,27 +133,27 @@ def test_loss_and_gradients_of_every_step_equal_the_dense_model(layout: tuple[in
         for one in of_ranks:
             assert one["result"].loss == pytest.approx(expected["loss"], rel=FLOAT64)
             assert one["result"].num_tokens == expected["num_tokens"]
-        gradient = _live(_merge([one["gradient"] for one in of_ranks], "gradient"))
-        assert _largest_difference(gradient, _live(expected["gradient"])) < FLOAT64
+        gradient = live(_merge([one["gradient"] for one in of_ranks], "gradient"))
+        assert largest_difference(gradient, live(expected["gradient"])) < FLOAT64
         rows = [(one["rows"]["rows"], one["rows"]["values"]) for one in of_ranks]
-        table = _table(rows, expected["table_gradient"], 0.0)
-        assert _relative(table, expected["table_gradient"]) < FLOAT64
+        table = whole_table(rows, expected["table_gradient"], 0.0)
+        assert relative_difference(table, expected["table_gradient"]) < FLOAT64
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_steps_equal_the_dense_model(layout: tuple[int, int]) -> None:
     ranks, expected = _run(layout), _dense()["float64"]
-    parameters = _live(_merge([rank["parameters"] for rank in ranks], "parameter"))
-    assert _largest_difference(parameters, _live(expected["parameters"])) < FLOAT64
-    table = _table([rank["table"] for rank in ranks], expected["table"], np.nan)
-    assert _relative(table, expected["table"]) < FLOAT64
+    parameters = live(_merge([rank["parameters"] for rank in ranks], "parameter"))
+    assert largest_difference(parameters, live(expected["parameters"])) < FLOAT64
+    table = whole_table([rank["table"] for rank in ranks], expected["table"], np.nan)
+    assert relative_difference(table, expected["table"]) < FLOAT64
     biases = _merge([rank["expert_bias"] for rank in ranks], "expert bias")
-    assert _largest_difference(biases, expected["expert_bias"]) == 0.0
+    assert largest_difference(biases, expected["expert_bias"]) == 0.0
 
 
 def _moved(parameters: dict[str, np.ndarray], table: np.ndarray, start: dict[str, Any]) -> np.ndarray:
     """How far everything moved from the start, as one float64 vector."""
-    parameters, initial = _live(parameters), _live(start["initial"])
+    parameters, initial = live(parameters), live(start["initial"])
     parts = [parameters[name].astype(np.float64) - initial[name] for name in initial]
     return np.concatenate([part.ravel() for part in [*parts, table.astype(np.float64) - start["initial_table"]]])
 
@@ -201,7 +171,7 @@ def test_ten_steps_in_float32_are_as_close_to_float64_as_the_dense_model_is(layo
     rounded = _moved(dense["float32"]["parameters"], dense["float32"]["table"], truth)
     ours = _moved(
         _merge([rank["parameters"] for rank in ranks], "parameter"),
-        _table([rank["table"] for rank in ranks], dense["float32"]["table"], np.nan),
+        whole_table([rank["table"] for rank in ranks], dense["float32"]["table"], np.nan),
         truth,
     )
     e = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
