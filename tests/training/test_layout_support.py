@@ -1,0 +1,49 @@
+"""Layouts that are refused, with both numbers, before any process group is made."""
+
+from __future__ import annotations
+
+import pytest
+from small_run import small_run_config
+
+from engram_megatron.errors import UsageError
+from engram_megatron.training.layout_support import check_layout_is_supported
+
+
+@pytest.mark.parametrize(("tensor", "expert", "world_size"), [(1, 1, 1), (2, 1, 2), (2, 4, 4), (4, 1, 4), (4, 2, 8)])
+def test_sizes_that_divide_are_accepted(tensor: int, expert: int, world_size: int) -> None:
+    overrides = [f"parallel.tensor={tensor}", f"parallel.expert={expert}", "model.attention.num_heads=4"]
+    check_layout_is_supported(small_run_config(overrides=overrides), world_size)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.sequence_length=26", "data.sequence_length = 26"),
+        ("model.vocab_size=202", "model.vocab_size = 202"),
+        ("model.attention.num_heads=6", "model.attention.num_heads = 6"),
+        ("model.attention.kv_lora_rank=18", r"model.attention.kv_lora_rank \+ rope_head_dim = 26"),
+        ("model.attention.query_lora_rank=10", "model.attention.query_lora_rank = 10"),
+        ("model.dense_ffn_size=50", "model.dense_ffn_size = 50"),
+        ("model.moe.expert_ffn_size=18", r"model.moe.num_shared_experts \* expert_ffn_size = 18"),
+    ],
+)
+def test_size_that_tensor_ranks_cannot_share_is_named(override: str, told: str) -> None:
+    overrides = ["model.attention.num_heads=4", "parallel.tensor=4", override]
+    with pytest.raises(UsageError, match=f"{told} is not divisible by parallel.tensor = 4"):
+        check_layout_is_supported(small_run_config(overrides=overrides), 4)
+
+
+@pytest.mark.parametrize(
+    "unused", [("model.moe.num_leading_dense_layers=0", "model.dense_ffn_size=50"), ("model.moe.num_shared_experts=0",)]
+)
+def test_size_of_a_part_that_the_model_lacks_does_not_matter(unused: tuple[str, ...]) -> None:
+    odd_experts = "model.moe.expert_ffn_size=18" if len(unused) == 1 else "model.moe.expert_ffn_size=16"
+    overrides = ["model.attention.num_heads=4", "parallel.tensor=4", odd_experts, *unused]
+    check_layout_is_supported(small_run_config(overrides=overrides), 4)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "context"])
+def test_dimension_that_is_not_trained_yet_is_refused(name: str) -> None:
+    overrides = [f"parallel.{name}=2", "model.num_layers=4"]
+    with pytest.raises(UsageError, match=f"parallel.{name} = 2.*set parallel.{name}=1"):
+        check_layout_is_supported(small_run_config(overrides=overrides), 2)
