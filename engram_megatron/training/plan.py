@@ -16,6 +16,7 @@ from engram_megatron.model.counts import (
     TensorSpec,
     buffer_specs,
     count_parameters,
+    num_moe_layers,
     tensor_specs,
 )
 from engram_megatron.model.flops import TokenFlops, token_flops
@@ -102,11 +103,14 @@ def _parameters(config: RunConfig, counts: ParameterCounts) -> str:
         ],
     ]
     if counts.engram_tables:
-        rho, num_experts = paper_sparse_ratio(config)
-        equal_moe = f"1 - Engram tables / inactive parameters of the equal MoE of {num_experts} experts"
         summary += [
             ["Engram tables", _short(counts.engram_tables), f"{counts.engram_tables:,}: rows in host memory"],
             ["Engram dense", _short(counts.engram_dense), "projections, norms, convolution"],
+        ]
+    if counts.engram_tables and num_moe_layers(config.model):
+        rho, num_experts = paper_sparse_ratio(config)
+        equal_moe = f"1 - Engram tables / inactive parameters of the equal MoE of {num_experts} experts"
+        summary += [
             ["sparse ratio rho", f"{rho:.2%}", equal_moe],
             ["experts' share", f"{counts.sparse_ratio:.2%}", "of this model's own inactive parameters"],
         ]
