@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
@@ -93,7 +94,7 @@ def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Load the tensors that `state` names. A file that cannot be read is a `UsageError` on the ranks that met it."""
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
-    except Exception as error:  # torch's readers raise what the damage happens to break: pickle, zip, EOF, shape
+    except (Exception, CheckpointException) as error:  # what the damage happens to break: pickle, zip, end of file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UsageError(f"{folder} is damaged ({reason}); use another checkpoint") from error
     return loaded
