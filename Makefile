@@ -9,13 +9,19 @@ TINY_CORPUS := corpora/sotu_tiny
 TINY_TOKENIZER := corpora/sotu_tiny_tokenizer.json
 SAMPLE := data_pipeline/samples/sotu.jsonl.xz
 NPROC ?= 2
-RUN_DIR ?= $(RUNS)/engram_tiny
+# The first free name, so that a second `make pretrain` is a second run; `make resume` goes on with the newest.
+RUN_DIR ?= $(shell n=1; d=$(RUNS)/engram_tiny; while [ -e $$d ]; do n=$$((n + 1)); d=$(RUNS)/engram_tiny_$$n; done; echo $$d)
+LAST_RUN = $(or $(shell ls -dt $(RUNS)/engram_tiny* 2>/dev/null | head -n 1),$(RUNS)/engram_tiny)
 
 .PHONY: pretrain resume test test-all lint corpus conformance compare clean
 
 pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks
 	$(PY) launch/train.py engram_tiny --nproc-per-node $(NPROC) \
 	    run_dir=$(RUN_DIR) data.corpus=$(TINY_CORPUS) parallel.expert=$(NPROC) $(ARGS)
+
+resume: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## continue the newest run of `make pretrain`
+	$(PY) launch/train.py engram_tiny --resume --nproc-per-node $(NPROC) \
+	    run_dir=$(LAST_RUN) data.corpus=$(TINY_CORPUS) parallel.expert=$(NPROC) $(ARGS)
 
 test: $(VENV)/.installed  ## the test suite, without the tests marked slow
 	$(PY) -m pytest -m "not slow" $(ARGS)
@@ -31,6 +37,9 @@ lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
 
 compare: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## engram_tiny against its MoE twin of equal parameters, 3 seeds
 	$(PY) launch/compare_budget.py --corpus $(TINY_CORPUS) --nproc-per-node $(NPROC) --out $(RUNS)/compare $(ARGS)
+
+conformance: $(VENV)/.installed  ## our code against vectors of DeepSeek's demo
+	$(PY) launch/conformance.py tests/golden
 
 corpus: $(VENV)/.installed  ## the shipped text with the DeepSeek-V3 tokenizer
 	$(PY) launch/build_corpus.py $(SAMPLE) corpora/sotu_deepseek_v3 --tokenizer deepseek-v3

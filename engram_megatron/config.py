@@ -8,7 +8,7 @@ field must stay (`training.resume` compares them).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 from typing import Any, Literal
 
 from engram_megatron.errors import UsageError
@@ -51,6 +51,10 @@ class AttentionConfig:
     def validate(self) -> None:
         for name in ("num_heads", "kv_lora_rank", "nope_head_dim", "rope_head_dim", "value_head_dim"):
             check(getattr(self, name) > 0, f"model.attention.{name} = {getattr(self, name)} must be positive")
+        check(
+            self.query_lora_rank is None or self.query_lora_rank > 0,
+            f"model.attention.query_lora_rank = {self.query_lora_rank} must be positive or none",
+        )
         check(self.rope_head_dim % 2 == 0, f"model.attention.rope_head_dim = {self.rope_head_dim} must be even")
 
 
@@ -66,9 +70,15 @@ class MoEConfig:
     # The Engram paper states none of the three below: scaling is DeepSeek-V3's, the bias speed too.
     routed_scaling_factor: float = 2.5
     bias_update_rate: float = 1e-3
+    # Of the router's matrix product; megatron-core takes the sigmoid of the scores in float32 in any case.
     router_dtype: Literal["float32", "float64"] = "float32"
 
     def validate(self, num_layers: int) -> None:
+        check(self.expert_ffn_size > 0, f"model.moe.expert_ffn_size = {self.expert_ffn_size} must be positive")
+        check(
+            self.num_shared_experts >= 0,
+            f"model.moe.num_shared_experts = {self.num_shared_experts} must not be negative",
+        )
         check(
             0 < self.top_k <= self.num_experts,
             f"model.moe.top_k = {self.top_k} must lie in 1..num_experts = {self.num_experts}",
@@ -85,7 +95,7 @@ class HyperConnectionConfig:
 
     num_streams: int = 4
     sinkhorn_iterations: int = 20
-    # near_identity: b_res = 6I - 3, b_pre = -3 but +3 on the home stream (facts D, secondary); zero_bias: all zero
+    # near_identity: b_res = 6I - 3, b_pre = -3 but +3 on the home stream (a third party's reading); zero_bias: all zero
     init: Literal["near_identity", "zero_bias"] = "near_identity"
     alpha_init: float = 0.01
     mapping_dtype: Literal["float32", "float64"] = "float32"
@@ -157,6 +167,8 @@ class EngramConfig:
         return self.memory_dim // self.num_heads
 
     def validate(self, num_layers: int) -> None:
+        for name in ("num_heads_per_order", "conv_kernel_size"):
+            check(getattr(self, name) >= 1, f"engram.{name} = {getattr(self, name)} must be at least 1")
         check(self.max_ngram_order >= 2, f"engram.max_ngram_order = {self.max_ngram_order} must be at least 2")
         check(
             len(self.layer_numbers) == len(self.hash_seed_ids) and len(self.layer_numbers) > 0,
@@ -191,6 +203,7 @@ class ParallelConfig:
 
     def data(self, world_size: int) -> int:
         """Number of data-parallel replicas; raises `UsageError` where the equation does not close."""
+        check(world_size >= 1, f"{world_size} ranks: a job has at least 1")
         model_ranks = prod((self.tensor, self.pipeline, self.context))
         check(
             world_size % model_ranks == 0,
@@ -233,7 +246,16 @@ class OptimizerConfig:
     table_learning_rate_multiplier: float = 5.0
 
     def validate(self) -> None:
-        check(self.learning_rate > 0, f"optimizer.learning_rate = {self.learning_rate} must be positive")
+        check(
+            self.learning_rate > 0 and isfinite(self.learning_rate),
+            f"optimizer.learning_rate = {self.learning_rate} must be positive and finite",
+        )
+        check(
+            self.clip_grad_norm >= 0, f"optimizer.clip_grad_norm = {self.clip_grad_norm} must not be negative (0: off)"
+        )
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
+            check(0 <= getattr(self, name) < 1, f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1)")
+        check(self.muon_ns_steps >= 1, f"optimizer.muon_ns_steps = {self.muon_ns_steps} must be at least 1")
         check(
             len(self.decay_fractions) == len(self.decay_factors),
             f"optimizer.decay_fractions {self.decay_fractions} and decay_factors {self.decay_factors} differ in length",

@@ -1,6 +1,6 @@
 """Train a preset: python launch/train.py PRESET [--nproc-per-node N] run_dir=DIR data.corpus=DIR [key=value ...]
 
-Checks everything first, then starts the ranks. Under torchrun or Slurm, which set RANK, it is the rank's program.
+Checks everything first, then starts the ranks. Under torchrun, which sets RANK, it is the rank's program.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ def start() -> int:
     if arguments.dry_run:
         from engram_megatron.training.plan import describe
 
-        print(describe(config, arguments.world_size or num_ranks))
+        print(describe(config, num_ranks if arguments.world_size is None else arguments.world_size))
         return 0
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UsageError("under srun start one task per node, with torchrun: srun torchrun ... launch/train.py ...")
     if "RANK" not in os.environ:
         from engram_megatron.training.preflight import check_start
 

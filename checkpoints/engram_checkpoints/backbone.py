@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
@@ -69,10 +70,11 @@ def load_backbone(folder: Path, model_chunks: Sequence[nn.Module], optimizer: Ba
     """Resume: read what `save_backbone` wrote into the chunks and the optimizer, bit for bit.
 
     Raises `UsageError` on every rank where the folder holds no checkpoint, lacks a tensor that the model has, has a
-    tensor that the model lacks, or holds one of another shape; then nothing was changed.
+    tensor that the model lacks, or holds one of another shape; then nothing was changed. Raises it for a file that is
+    damaged, too.
     """
     _check(folder, _sharded_state(model_chunks, optimizer), ignored_prefix=None)
-    loaded = dist_checkpointing.load(_sharded_state(model_chunks, optimizer), str(folder))
+    loaded = _read(folder, _sharded_state(model_chunks, optimizer))
     _load_weights(model_chunks, loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
 
@@ -83,9 +85,19 @@ def load_backbone_weights(folder: Path, model_chunks: Sequence[nn.Module], optim
     The optimizer takes its masters from the weights that were read. Raises as `load_backbone` does.
     """
     _check(folder, _sharded_state(model_chunks, None), ignored_prefix=_OPTIMIZER_PREFIX)
-    loaded = dist_checkpointing.load(_sharded_state(model_chunks, None), str(folder))
+    loaded = _read(folder, _sharded_state(model_chunks, None))
     _load_weights(model_chunks, loaded["model"])
     optimizer.reload_masters()
+
+
+def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Load the tensors that `state` names. A file that cannot be read is a `UsageError` on the ranks that met it."""
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+    except (Exception, CheckpointException) as error:  # what the damage happens to break: pickle, zip, end of file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UsageError(f"{folder} is damaged ({reason}); use another checkpoint") from error
+    return loaded
 
 
 def _sharded_state(model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from engram_megatron.model.engram_layer import EngramLayer
 
 
 def check_module(case: Case, projection: VocabProjection) -> float:
-    """Compare hash rows, forward (float32, float64) and gradients (float64); the largest float64 difference."""
+    """Compare hash rows, forward and gradients in float32 and float64; the largest float64 difference."""
     config, arrays = case.entry["config"], case.arrays()
     hasher = case_hasher(config, projection)
     layer = config["layer_ids"].index(config["layer"])
@@ -27,11 +27,9 @@ def check_module(case: Case, projection: VocabProjection) -> float:
     check_equal("hash", hash_BTH, arrays["hash"])
     check_equal("rows", hash_BTH + hasher.head_offsets_LH[layer], arrays["rows"])
     inputs = module_inputs(case, arrays)
-    _check_forward(case, inputs, arrays, torch.float32)
-    return max(
-        _check_forward(case, inputs, arrays, torch.float64),
-        _check_gradients(case, inputs, arrays),
-    )
+    for check in (_check_forward, _check_gradients):
+        check(case, inputs, arrays, torch.float32)
+    return max(check(case, inputs, arrays, torch.float64) for check in (_check_forward, _check_gradients))
 
 
 def build_layer(case: Case, inputs: Arrays, dtype: torch.dtype) -> EngramLayer:
@@ -109,12 +107,15 @@ def _check_forward(case: Case, inputs: Arrays, arrays: Arrays, dtype: torch.dtyp
     )
 
 
-def _check_gradients(case: Case, inputs: Arrays, arrays: Arrays) -> float:
-    """Gradients of sum(output * cotangent) in float64 for the hidden state, the rows read and every parameter."""
-    layer = build_layer(case, inputs, torch.float64)
-    hidden = _sequence_first(inputs["hidden"], torch.float64).requires_grad_()
-    memory = _memory(inputs, torch.float64).requires_grad_()
-    (layer(hidden, memory, None) * _sequence_first(inputs["cotangent"], torch.float64)).sum().backward()
+def _check_gradients(case: Case, inputs: Arrays, arrays: Arrays, dtype: torch.dtype) -> float:
+    """Gradients of sum(output * cotangent) in `dtype` for the hidden state, the rows read and every parameter.
+
+    The vectors hold them in float64; the float32 ones are compared with those, rounded.
+    """
+    layer = build_layer(case, inputs, dtype)
+    hidden = _sequence_first(inputs["hidden"], dtype).requires_grad_()
+    memory = _memory(inputs, dtype).requires_grad_()
+    (layer(hidden, memory, None) * _sequence_first(inputs["cotangent"], dtype)).sum().backward()
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     assert hidden.grad is not None
     assert memory.grad is not None
@@ -136,11 +137,13 @@ def _check_gradients(case: Case, inputs: Arrays, arrays: Arrays) -> float:
     if case.entry["weights"] == "formula":  # the two matrices' gradients are too large for a file of vectors
         del ours["value_w"], ours["key_w"]
     check_equal("grad_embedding_rows", inputs["unique_rows"], arrays["grad_embedding_rows"])
-    return max(check_close(f"grad_{name}", ours[name], arrays[f"grad_{name}_f64"]) for name in ours)
+    return max(
+        check_close(f"grad_{name}", ours[name], arrays[f"grad_{name}_f64"].astype(ours[name].dtype)) for name in ours
+    )
 
 
 def _row_gradients(inputs: Arrays, grad_memory_BTE: Array) -> Array:
     """The gradient of each row that was read: the sum over all places that read it."""
-    rows = np.zeros(inputs["embedding_rows"].shape, dtype=np.float64)
+    rows = np.zeros(inputs["embedding_rows"].shape, dtype=grad_memory_BTE.dtype)
     np.add.at(rows, inputs["row_index"].reshape(-1), grad_memory_BTE.reshape(-1, rows.shape[1]))
     return rows

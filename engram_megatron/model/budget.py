@@ -104,7 +104,8 @@ def paper_sparse_ratio(config: RunConfig) -> tuple[float, int]:
     74.35 % (paper: 74.3 %). Its own inactive parameters give 74.32 %, because Engram's dense parameters and the
     primes cost a little too.
     """
-    moe = _experts(config)
+    moe = config.model.moe
+    assert moe is not None, "a dense model has no sparse ratio"
     without_engram = replace(config, engram=None)
     counts = count_parameters(without_engram)
     per_expert = counts.by_part["routed experts"] // moe.num_experts

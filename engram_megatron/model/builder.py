@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
+from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.model.backbone_config import backbone_config
 from engram_megatron.model.initialization import initialize_weights
@@ -66,7 +67,10 @@ def build_model(config: RunConfig, *, initialize: bool = True) -> EngramModel:
         share_embeddings_and_output_weights=False,
         parallel_output=True,
     )
-    if initialize and not any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    model.to(platform.device())  # megatron-core's router is made on the CPU and expects its user to move it
+    if initialize:
         initialize_weights(model, seed=config.training.seed, std=config.model.init_std)
     return model
 

@@ -44,14 +44,18 @@ class StreamMixing:
     res_TBMM: Tensor
 
     def merge(self, streams_TBMC: Tensor, output_TBC: Tensor) -> Tensor:
-        """H_res x + H_post^T output, in the dtype of the streams."""
-        dtype = streams_TBMC.dtype
-        mixed = self.res_TBMM.to(dtype) @ streams_TBMC
-        return torch.addcmul(mixed, self.post_TBM.to(dtype).unsqueeze(-1), output_TBC.unsqueeze(-2))
+        """H_res x + H_post^T output, mixed in the wider of the two dtypes, returned in the dtype of the streams.
+
+        Not in bfloat16: rows of H_res would sum to 0.9996 there, and 60 sub-layers would lose 2.6 % of the signal.
+        """
+        dtype = torch.promote_types(streams_TBMC.dtype, self.res_TBMM.dtype)
+        mixed = self.res_TBMM.to(dtype) @ streams_TBMC.to(dtype)
+        output = output_TBC.to(dtype).unsqueeze(-2)
+        return torch.addcmul(mixed, self.post_TBM.to(dtype).unsqueeze(-1), output).to(streams_TBMC.dtype)
 
 
 class HyperConnection(nn.Module):
-    """The three mappings of one sub-layer.
+    """The three mappings of one sub-layer, with their parameters in `config.mapping_dtype` whatever the model's.
 
     Parameters (names after megatron-core's main branch): `mapping.weight` [M*M + 2M, M*C] holds phi_pre, phi_post and
     phi_res; `alpha` [3] the gating factors; `bias` [M*M + 2M] the static part. The RMSNorm over all M*C values has no
@@ -69,7 +73,6 @@ class HyperConnection(nn.Module):
         hidden_size: int,
         home_stream: int,
         norm_eps: float,
-        dtype: torch.dtype,
         sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class HyperConnection(nn.Module):
         self.norm_eps = norm_eps
         self.mapping_dtype = _TORCH_DTYPE[config.mapping_dtype]
         outputs = self.num_streams**2 + 2 * self.num_streams
-        where: dict[str, Any] = {"dtype": dtype, "device": platform.device()}
+        where: dict[str, Any] = {"dtype": self.mapping_dtype, "device": platform.device()}
         self.mapping = nn.Linear(self.num_streams * hidden_size, outputs, bias=False, **where)
         self.bias = nn.Parameter(torch.empty(outputs, **where))
         self.alpha = nn.Parameter(torch.empty(3, **where))
@@ -110,15 +113,15 @@ class HyperConnection(nn.Module):
         m = self.num_streams
         flat = streams_TBMC.flatten(-2).to(self.mapping_dtype)
         inverse_rms = torch.rsqrt(flat.square().mean(dim=-1, keepdim=True) + self.norm_eps)
-        raw = nn.functional.linear(flat, self.mapping.weight.to(self.mapping_dtype)) * inverse_rms
-        alpha = self.alpha.to(self.mapping_dtype).repeat_interleave(
+        raw = self.mapping(flat) * inverse_rms
+        alpha = self.alpha.repeat_interleave(
             torch.tensor([m, m, m * m], device=self.alpha.device), output_size=m * m + 2 * m
         )
-        mapped = torch.addcmul(self.bias.to(self.mapping_dtype), raw, alpha)
-        pre_TBM, post_TBM, res_flat = mapped.split([m, m, m * m], dim=-1)
+        pre_TBM, post_TBM, res_flat = torch.addcmul(self.bias, raw, alpha).split([m, m, m * m], dim=-1)
         res_TBMM = sinkhorn(res_flat.unflatten(-1, (m, m)), self.iterations)
-        pre = pre_TBM.sigmoid().to(streams_TBMC.dtype)
-        return (pre.unsqueeze(-2) @ streams_TBMC).squeeze(-2), StreamMixing(2 * post_TBM.sigmoid(), res_TBMM)
+        dtype = torch.promote_types(streams_TBMC.dtype, self.mapping_dtype)
+        hidden = (pre_TBM.sigmoid().to(dtype).unsqueeze(-2) @ streams_TBMC.to(dtype)).squeeze(-2)
+        return hidden.to(streams_TBMC.dtype), StreamMixing(2 * post_TBM.sigmoid(), res_TBMM)
 
 
 def expand_streams(hidden_TBC: Tensor, num_streams: int) -> Tensor:

@@ -29,6 +29,7 @@ from engram_megatron.model.placement import (
     stage_specs,
 )
 
+MASTER_BYTES = 4  # float32
 TABLE_VALUES = 3  # a weight and Adam's two moments per table element
 
 
@@ -58,24 +59,32 @@ def rank_memory(
     `state_values` says how many values the optimizer keeps per element of a tensor (Muon 1, Adam 2). Raises
     `UsageError` where the layout does not divide over `world_size` ranks.
     """
-    elements = states = 0
+    weights = masters = elements = states = 0
     for spec in stage_specs(config, stage):
         held = rank_elements(spec, config.parallel)
+        element_bytes = weight_bytes(spec, config)
+        weights += held * element_bytes
+        masters += 0 if element_bytes >= MASTER_BYTES else held * MASTER_BYTES
         elements += held
         states += held * state_values(spec)
     microbatches = config.training.num_microbatches(config.parallel.data(world_size))
     # 1F1B: a stage runs ahead of the last one by the number of stages behind it.
     in_flight = min(config.parallel.pipeline - stage, microbatches)
-    bfloat16 = config.training.dtype == "bfloat16"
     return RankMemory(
-        weights=elements * DTYPE_BYTES[config.training.dtype],
+        weights=weights,
         gradients=elements * gradient_bytes(config),
-        master_weights=4 * elements if bfloat16 else 0,
+        master_weights=masters,
         optimizer_state=states * gradient_bytes(config),
         activations=in_flight * microbatch_activation_bytes(config, stage),
         microbatches_in_flight=in_flight,
         host_tables=rank_table_rows(config, world_size) * _table_row_bytes(config),
     )
+
+
+def weight_bytes(spec: TensorSpec, config: RunConfig) -> int:
+    """Bytes per element as the model stores it: hyper-connections keep their own, wider dtype."""
+    is_mapping = spec.part == "hyper-connections"
+    return DTYPE_BYTES[config.model.mhc.mapping_dtype if is_mapping else config.training.dtype]
 
 
 def job_table_bytes(config: RunConfig, world_size: int) -> int:

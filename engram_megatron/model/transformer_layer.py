@@ -99,7 +99,7 @@ class EngramTransformerLayer(TransformerLayer):
         streams = self._feed_forward(streams, padding_mask)
         if self.num_streams > 1 and self.training:
             stride = max(1, streams.shape[0] // 16)  # a sample of positions is enough for a trend
-            self.last_stream_cosine = stream_cosine(streams[::stride])
+            self.last_stream_cosine = stream_cosine(streams[stride // 2 :: stride])
         is_last = self.layer_number == self.config.num_layers
         output = contract_streams(streams) if is_last else streams.flatten(-2)
         return make_viewless_tensor(output, requires_grad=True, keep_graph=True), context
@@ -141,7 +141,6 @@ def _build_mhc(mhc: HyperConnectionConfig, config: Any, layer_number: int) -> Hy
         hidden_size=config.hidden_size,
         home_stream=layer_number % mhc.num_streams,
         norm_eps=config.layernorm_epsilon,
-        dtype=config.params_dtype,
         sequence_parallel=config.sequence_parallel,
     )
 

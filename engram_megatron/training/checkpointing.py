@@ -11,6 +11,7 @@ The data order is a pure function of the step and the model has no dropout, so n
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from engram_checkpoints import tables
 from engram_checkpoints.backbone import load_backbone, load_backbone_weights, save_backbone
+from engram_data.corpus import Corpus
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.backbone import BackboneOptimizer
@@ -47,7 +49,7 @@ class Checkpointer:
     model: nn.Module
     optimizer: BackboneOptimizer
     memory: ConditionalMemory | None
-    corpus_fingerprint: str
+    corpus: Corpus
 
     def save(self, step: int, tokens_seen: int) -> Path:
         """Write the checkpoint of `step`; nothing counts before COMPLETE stands in it.
@@ -59,7 +61,7 @@ class Checkpointer:
         try:
             self._write(path, step, tokens_seen)
         except (OSError, CheckpointException) as error:  # torch wraps its writers' errors
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             free_gib = shutil.disk_usage(self.folder.path).free / 1024**3
             raise SaveError(
                 f"checkpoint {path} could not be written ({reason}); {free_gib:.2f} GiB are free there; make room and "
@@ -79,6 +81,7 @@ class Checkpointer:
         save_backbone(path / BACKBONE, [self.model], self.optimizer)
         if self.memory is not None:
             tables.write_shard(path / TABLES, self.memory.shard)
+        os.sync()  # what COMPLETE vouches for must be on disk before it is
         self._barrier()
         if self.ranks.is_first:
             self._state(step, tokens_seen).write(path)
@@ -121,7 +124,8 @@ class Checkpointer:
             step=step,
             tokens_seen=tokens_seen,
             world_size=self.ranks.world_size,
-            corpus_fingerprint=self.corpus_fingerprint,
+            corpus_fingerprint=self.corpus.fingerprint,
+            tokenizer_sha256=self.corpus.tokenizer.sha256,
             hash_identity=None if self.memory is None else self.memory.hasher.identity(),
             config=to_dict(self.config),
         )

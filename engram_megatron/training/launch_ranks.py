@@ -2,7 +2,7 @@
 
 torchrun's own command ends workers 30 s after a signal, whether they have saved or not, and answers an orderly stop
 with a traceback. Here its agent (`torch.distributed.launcher.api.elastic_launch`) runs in a thread of its own, and this
-process's signals go to the ranks, which save as long as that takes and end with 0. Across hosts, torchrun or Slurm
+process's signals go to the ranks, which save as long as that takes and end with 0. Across hosts, torchrun
 starts `launch/train.py` as each rank's program.
 """
 

@@ -26,7 +26,7 @@ class MetricsLog:
         self.first_step = first_step
         self.validated_step = _drop_lines_after(folder, first_step)
         self.lines = folder.metrics_file.open("a", buffering=1)
-        self.board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1 if first_step else None)
+        self.board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` (TensorBoard tags to numbers) of step `step` (1-based: after the update) and print a line."""

@@ -16,6 +16,7 @@ from engram_megatron.model.counts import (
     TensorSpec,
     buffer_specs,
     count_parameters,
+    num_moe_layers,
     tensor_specs,
 )
 from engram_megatron.model.flops import TokenFlops, token_flops
@@ -100,15 +101,19 @@ def _parameters(config: RunConfig, counts: ParameterCounts) -> str:
             _short(counts.activated),
             f"{counts.activated:,}: no token embedding, no head, no table rows",
         ],
-        ["Engram tables", _short(counts.engram_tables), f"{counts.engram_tables:,}: rows in host memory"],
-        ["Engram dense", _short(counts.engram_dense), "projections, norms, convolution"],
     ]
-    if counts.sparse_ratio is not None:
+    if counts.engram_tables:
+        summary += [
+            ["Engram tables", _short(counts.engram_tables), f"{counts.engram_tables:,}: rows in host memory"],
+            ["Engram dense", _short(counts.engram_dense), "projections, norms, convolution"],
+        ]
+    if counts.engram_tables and num_moe_layers(config.model):
         rho, num_experts = paper_sparse_ratio(config)
-        explanation = f"1 - Engram tables / inactive parameters of the equal MoE of {num_experts} experts"
-        summary.append(["sparse ratio rho", f"{rho:.2%}", explanation])
-        explanation = "inactive routed experts / (inactive routed experts + Engram tables) of this model"
-        summary.append(["experts' share", f"{counts.sparse_ratio:.2%}", explanation])
+        equal_moe = f"1 - Engram tables / inactive parameters of the equal MoE of {num_experts} experts"
+        summary += [
+            ["sparse ratio rho", f"{rho:.2%}", equal_moe],
+            ["experts' share", f"{counts.sparse_ratio:.2%}", "of this model's own inactive parameters"],
+        ]
     return _table(rows, right=(1, 2)) + "\n\n" + _table(summary, right=(1,))
 
 

@@ -25,7 +25,7 @@ from engram_megatron.tables.host_memory import check_host_memory
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.training.layout_support import check_layout_is_supported
 from engram_megatron.training.run_folder import RunFolder
-from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume
+from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume, check_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,7 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
     elif config.checkpoint.init_from:
         source = Path(config.checkpoint.init_from)
         state = TrainState.read(source)
+        check_tokenizer(state, train.tokenizer.sha256, source)
         check_hash_identity(state, identity, source)
         _check_same_tensors(state, config, source)
     return Inputs(train, validation, hasher, resume_from)
@@ -107,10 +108,12 @@ def _check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
                 f"{corpus.tokenizer.sha256[:12]}), data.tokenizer = {config.data.tokenizer} has {digest[:12]}; rebuild "
                 "the corpus or leave data.tokenizer unset"
             )
-    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+    # Models round the vocabulary up a little (DeepSeek-V3: 128,815 ids in 129,280); a tenth is no rounding.
+    if not 0.9 * config.model.vocab_size <= corpus.tokenizer.vocab_size <= config.model.vocab_size:
         raise UsageError(
             f"{config.data.corpus} was made with tokenizer {corpus.tokenizer.name} of {corpus.tokenizer.vocab_size} "
-            f"ids, model.vocab_size = {config.model.vocab_size}; use the corpus of this model's tokenizer"
+            f"ids, model.vocab_size = {config.model.vocab_size}; use the corpus of this model's tokenizer, or set "
+            "model.vocab_size to the number of its ids, rounded up"
         )
 
 

@@ -34,7 +34,7 @@ def run_rank(config: RunConfig, *, resume: bool) -> int:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     rank = os.environ.get("RANK", "0")
     try:
-        with StopSignal(Path(config.run_dir)) as stop:
+        with StopSignal(Path(config.run_dir), watch_file=rank == "0") as stop:
             platform.limit_threads(threads_per_rank())
             platform.install()
             # megatron-core must be imported after `install`

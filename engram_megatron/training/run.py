@@ -97,7 +97,7 @@ def _build(config: RunConfig, ranks: Ranks, inputs: Inputs) -> _Run:
         memory = ConditionalMemory(config, inputs.hasher, ranks, shards_on_host=_ranks_on_this_host(ranks))
     model = wrap_data_parallel(build_model(config), TORCH_DTYPE[config.training.dtype])
     optimizer = build_backbone_optimizer([model], config)
-    checkpointer = Checkpointer(folder, config, ranks, model, optimizer, memory, inputs.train.fingerprint)
+    checkpointer = Checkpointer(folder, config, ranks, model, optimizer, memory, inputs.train)
     step, tokens_seen = _restore(config, checkpointer, inputs)
     log = None
     if ranks.is_first:
@@ -148,7 +148,7 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
                 profiler.step()
             if result.stop_requests:
                 stopped_by = stop.reason() or "another rank"  # asked again: it may have come while the step ran
-            if _due(run.step, config.training.validate_every_steps) and run.step < num_steps:
+            elif _due(run.step, config.training.validate_every_steps) and run.step < num_steps:
                 last_validation = _validate(run)
             if _due(run.step, config.checkpoint.every_steps):
                 _save(run)
@@ -202,19 +202,21 @@ def _save(run: _Run) -> Path:
 
 @contextlib.contextmanager
 def _profiler(run: _Run) -> Iterator[Any]:
-    """torch.profiler over steps `profile_start`..`profile_stop - 1`; a Chrome trace per rank in `profile/`."""
-    start, stop = run.config.training.profile_start, run.config.training.profile_stop
+    """torch.profiler over steps `profile_start`..`profile_stop - 1` (counted from 0, those that this start still
+    does); a Chrome trace per rank in `profile/`."""
+    start, stop = max(run.config.training.profile_start, run.step), run.config.training.profile_stop
     if stop <= start:
         yield None
         return
     run.folder.profile.mkdir(parents=True, exist_ok=True)
     trace = run.folder.profile / f"rank_{run.ranks.rank}_steps_{start}_{stop}.json"
-    schedule = torch.profiler.schedule(wait=max(0, start - run.step), warmup=0, active=stop - start, repeat=1)
+    schedule = torch.profiler.schedule(wait=start - run.step, warmup=0, active=stop - start, repeat=1)
     with torch.profiler.profile(
         schedule=schedule, on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace))
     ) as profiler:
         yield profiler
-    run.say(f"profile {trace}")
+    if trace.exists():
+        run.say(f"profile {trace}")
 
 
 def _stream(config: RunConfig, corpus: Corpus, ranks: Ranks) -> TokenStream:

@@ -3,7 +3,7 @@
 run_dir/
   config.json            the resolved config of the latest start
   metrics.jsonl          one line per logged step
-  tensorboard/  logs/  profile/
+  tensorboard/  profile/
   checkpoints/step_00000100/   complete when it holds COMPLETE
 """
 
@@ -33,7 +33,6 @@ class RunFolder:
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
-        self.logs = self.path / "logs"
         self.profile = self.path / "profile"
         self.checkpoints = self.path / "checkpoints"
         self._lock: Any = None
@@ -85,7 +84,7 @@ class RunFolder:
         write_json(self.config_file, to_dict(config))
 
     def _subfolders(self) -> tuple[Path, ...]:
-        return self.tensorboard, self.logs, self.checkpoints
+        return self.tensorboard, self.checkpoints
 
     def _try_lock(self, handle: Any, kind: int) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -19,8 +20,10 @@ class StopSignal:
     The stop file (`run_dir/STOP`) serves where signals do not reach the ranks; it is removed by the run that obeys it.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, watch_file: bool = True) -> None:
+        """`watch_file` on one rank is enough, and spares a shared file system a look of every rank in every step."""
         self.stop_file = run_dir / STOP_FILE
+        self.watch_file = watch_file
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -35,10 +38,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:  # a second one: whoever sends it does not want to wait
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.received = signal.Signals(number).name
 
     def reason(self) -> str | None:
         """Why this rank wants to stop, or None."""
-        if self.received is None and self.stop_file.exists():
+        if self.received is None and self.watch_file and self.stop_file.exists():
             return f"file {STOP_FILE}"
         return self.received

@@ -23,6 +23,7 @@ class TrainState:
     tokens_seen: int  # tokens whose loss counted
     world_size: int
     corpus_fingerprint: str
+    tokenizer_sha256: str
     hash_identity: dict[str, Any] | None
     config: dict[str, Any]
 
@@ -55,6 +56,15 @@ def check_resume(state: TrainState, config: RunConfig, world_size: int, corpus_f
         raise UsageError(
             f"cannot resume: {config.data.corpus} has fingerprint {corpus_fingerprint[:12]}, the checkpoint was "
             f"trained on {state.corpus_fingerprint[:12]}; give the same corpus"
+        )
+
+
+def check_tokenizer(state: TrainState, tokenizer_sha256: str, checkpoint: Path) -> None:
+    """Raise `UsageError` where the embeddings of `checkpoint` belong to another tokenizer's ids."""
+    if state.tokenizer_sha256 != tokenizer_sha256:
+        raise UsageError(
+            f"{checkpoint} was trained with another tokenizer (sha256 {state.tokenizer_sha256[:12]}) than the corpus "
+            f"was made with ({tokenizer_sha256[:12]}); build the corpus with the checkpoint's tokenizer"
         )
 
 

@@ -87,7 +87,8 @@ class Trainer:
         loss_sum, tokens = self.runner.train(microbatches, len(batches))
         counted = once_per_replica([loss_sum, float(tokens)], self.ranks)
         totals = sum_over_ranks([*counted, float(stop_requested)], self.ranks)
-        loss, num_tokens = totals[0] / totals[1], int(totals[1])
+        num_tokens = max(int(totals[1]), 1)  # a batch of nothing but document starts has none
+        loss = totals[0] / num_tokens
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"loss is {loss} in step {step + 1}; the optimizer has not moved")
         learning_rate = self.schedule.at(step)
@@ -114,11 +115,12 @@ class Trainer:
             loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
         counted = once_per_replica([loss_sum, float(tokens)], self.ranks)
         total_loss, total_tokens = sum_over_ranks(counted, self.ranks)
-        return total_loss / total_tokens
+        return total_loss / max(total_tokens, 1.0)
 
     def metrics(self, result: StepResult) -> dict[str, float]:
         """TensorBoard tags and values of a step. Collective: all ranks call it for the same steps."""
-        rate = result.num_tokens / result.seconds
+        # All tokens that were computed, also those at document ends whose loss does not count.
+        rate = self.config.training.global_batch_size * self.config.data.sequence_length / result.seconds
         values = {
             "train/loss": result.loss,
             "train/grad_norm": result.gradient_norm,

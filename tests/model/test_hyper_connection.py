@@ -13,9 +13,9 @@ from engram_megatron.model.hyper_connection import (
 )
 
 
-def _mixing(init: str = "zero_bias", dtype: torch.dtype = torch.float64) -> HyperConnection:
+def _mixing(init: str = "zero_bias") -> HyperConnection:
     config = HyperConnectionConfig(num_streams=4, init=init, mapping_dtype="float64")
-    module = HyperConnection(config, hidden_size=6, home_stream=2, norm_eps=1e-20, dtype=dtype)
+    module = HyperConnection(config, hidden_size=6, home_stream=2, norm_eps=1e-20)
     module.reset_parameters(torch.Generator().manual_seed(0))
     return module
 

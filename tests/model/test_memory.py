@@ -50,9 +50,11 @@ def test_tensor_and_expert_ranks_divide_what_they_should() -> None:
 def test_bfloat16_training_keeps_float32_masters_gradients_and_moments() -> None:
     config = replace(dense_4b(), parallel=ParallelConfig(pipeline=2))
     elements = count_parameters(config).stored
+    mappings = count_parameters(config).by_part["hyper-connections"]  # in float32 throughout
     stages = _stages(config, 8)
-    assert sum(memory.weights for memory in stages) == 2 * elements
-    for kind in ("master_weights", "gradients", "optimizer_state"):
+    assert sum(memory.weights for memory in stages) == 2 * elements + 2 * mappings
+    assert sum(memory.master_weights for memory in stages) == 4 * (elements - mappings)
+    for kind in ("gradients", "optimizer_state"):
         assert sum(getattr(memory, kind) for memory in stages) == 4 * elements
     in_float32 = replace(config, training=replace(config.training, dtype="float32"))
     assert sum(memory.master_weights for memory in _stages(in_float32, 8)) == 0

@@ -16,18 +16,21 @@ def outcomes(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder = tmp_path_factory.mktemp("outcomes")
     first = tiny_config(tiny_corpus, folder / "first", "training.num_steps=3", "checkpoint.every_steps=1")
     run_starts([Start(first)])
-    for name in ("damaged", "missing"):
+    for name in ("damaged", "missing", "truncated"):
         shutil.copytree(folder / "first", folder / name)
     checkpoint = "checkpoints/step_00000003"
     # Both chunks are odd-numbered: rank 1 owns them, and all ranks must hear of it.
     damaged = folder / "damaged" / checkpoint / "tables.zarr/exp_avg/c.1.0"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     (folder / "missing" / checkpoint / "tables.zarr/weight/c.3.0").unlink()
+    for file in (folder / "truncated" / checkpoint / "backbone").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
     overrides = ["training.num_steps=3", "checkpoint.every_steps=1"]
     init_from = f"checkpoint.init_from={folder / 'missing' / checkpoint}"
     starts = {
         "damaged": Start(tiny_config(tiny_corpus, folder / "damaged", *overrides), resume=True),
         "missing": Start(tiny_config(tiny_corpus, folder / "new", init_from)),
+        "truncated": Start(tiny_config(tiny_corpus, folder / "truncated", *overrides), resume=True),
         "diverged": Start(
             tiny_config(tiny_corpus, folder / "diverged", "optimizer.learning_rate=1e30", "checkpoint.every_steps=1")
         ),
@@ -50,6 +53,13 @@ def test_bad_chunk_is_named_on_every_rank(outcomes: tuple[Path, dict[str, list[A
     assert kind == "UsageError"
     assert chunk in message
     assert name in message
+
+
+def test_damaged_backbone_is_told_in_one_line(outcomes: tuple[Path, dict[str, list[Any]]]) -> None:
+    for kind, message in outcomes[1]["truncated"]:
+        assert kind == "UsageError"
+        assert "backbone is damaged" in message
+        assert "\n" not in message
 
 
 def test_start_from_a_bad_checkpoint_makes_no_run_folder(outcomes: tuple[Path, dict[str, list[Any]]]) -> None:

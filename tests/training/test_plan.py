@@ -102,3 +102,14 @@ def test_dry_run_imports_neither_torch_nor_megatron() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("override", ["model.moe=none", "model.moe.num_leading_dense_layers=4", "engram=none"])
+def test_plan_of_a_model_without_a_sparse_ratio(override: str) -> None:
+    assert "sparse ratio" not in describe(apply_overrides(preset("engram_tiny"), [override]), 2)
+
+
+def test_plan_of_a_model_without_leading_dense_layers() -> None:
+    assert "sparse ratio" in describe(
+        apply_overrides(preset("engram_tiny"), ["model.moe.num_leading_dense_layers=0"]), 2
+    )

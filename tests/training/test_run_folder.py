@@ -136,7 +136,7 @@ def test_ranks_that_check_the_lock_together_do_not_take_each_other_for_a_job(fol
 
 
 def test_start_that_was_cut_short_can_be_repeated(folder: RunFolder) -> None:
-    for path in (folder.path, folder.tensorboard, folder.logs, folder.checkpoints):
+    for path in (folder.path, folder.tensorboard, folder.checkpoints):
         path.mkdir()
     (folder.path / ".lock").touch()
     folder.check_unused()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -34,3 +37,29 @@ def test_stop_file_asks_for_a_stop(tmp_path: Path) -> None:
     with StopSignal(tmp_path) as stop:
         (tmp_path / "STOP").touch()
         assert stop.reason() == "file STOP"
+
+
+def test_only_the_watching_rank_looks_for_the_stop_file(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    assert StopSignal(tmp_path, watch_file=False).reason() is None
+
+
+def test_second_signal_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    hang = f"""
+import signal, time
+from pathlib import Path
+from engram_megatron.training.stop_signal import StopSignal
+with StopSignal(Path({str(tmp_path)!r})):
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+    process = subprocess.Popen([sys.executable, "-c", hang], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == -signal.SIGTERM
+    process.stdout.close()

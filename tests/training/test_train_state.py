@@ -12,13 +12,14 @@ import pytest
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import from_dict, to_dict
 from engram_megatron.presets import engram_tiny
-from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume
+from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume, check_tokenizer
 
 STATE = TrainState(
     step=7,
     tokens_seen=1234,
     world_size=2,
     corpus_fingerprint="a" * 64,
+    tokenizer_sha256="c" * 64,
     hash_identity={"hash_seed": 0},
     config=json.loads(json.dumps(to_dict(engram_tiny()))),
 )
@@ -65,3 +66,9 @@ def test_other_rank_count_or_corpus_is_refused_with_both_values() -> None:
 def test_tables_of_another_hash_are_refused(there: dict[str, Any] | None, here: dict[str, Any] | None) -> None:
     with pytest.raises(UsageError, match="tables"):
         check_hash_identity(replace(STATE, hash_identity=there), here, Path("checkpoint"))
+
+
+def test_weights_of_another_tokenizer_are_refused() -> None:
+    check_tokenizer(STATE, "c" * 64, Path("checkpoint"))
+    with pytest.raises(UsageError, match=r"another tokenizer \(sha256 cccccccccccc\).*dddddddddddd"):
+        check_tokenizer(STATE, "d" * 64, Path("checkpoint"))
