@@ -142,7 +142,7 @@ class EngramConfig:
     hash_seed: int = 0
     pad_token_id: int = 2  # raw id, compressed with the others
     # Rows ~ N(0, init_std^2). The paper does not say; the demo's nn.Embedding has 1.0. A row that training rarely
-    # touches keeps adding its initial noise, and engram_tiny loses 0.25 nats with 1.0 (docs/results).
+    # touches keeps adding its initial noise, and engram_tiny loses 0.27 nats with 1.0 (docs/results).
     init_std: float = 0.02
     compression: bool = True  # merge token ids whose normalised text is equal
     gate: bool = True
