@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -74,6 +75,7 @@ def _leave_together(rank: str, error: Exception, code: int) -> NoReturn:
     """Leave with one line, told by rank 0 if it failed too; another rank speaks where rank 0 did not fail."""
     line = " ".join(str(error).split())
     if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word that rank 0 has spoken
         time.sleep(SECONDS_FOR_RANK_0)
         line = f"rank {rank} on {socket.gethostname()}: {line}"
     _leave(f"error: {line}", code)
