@@ -57,10 +57,11 @@ def overrides_between(base: RunConfig, target: RunConfig) -> list[str]:
     """The `key=value` list that turns `base` into `target`: `apply_overrides(base, result) == target`, but `name`."""
     before = {key: value for key, value, _ in leaves(base)}
     after = [(key, value) for key, value, _ in leaves(target) if key != "name"]
-    return [f"{key}={_text(value)}" for key, value in after if key not in before or before[key] != value]
+    return [f"{key}={as_text(value)}" for key, value in after if key not in before or before[key] != value]
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A config value as an override would set it: `none`, `true`, `2,15`."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

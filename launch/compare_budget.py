@@ -37,8 +37,6 @@ def validation_loss(arguments: argparse.Namespace, config: RunConfig, label: str
     """Train `config` with `seed` unless that was done, and read its last validation loss (nats per token)."""
     run_dir = arguments.out / f"{label}_seed{seed}"
     changes = overrides_between(preset(arguments.preset), config)
-    if config.engram is None:
-        changes.append("engram=none")
     command = [sys.executable, str(TRAIN), arguments.preset, "--resume", f"--nproc-per-node={arguments.nproc_per_node}"]
     run = [f"run_dir={run_dir}", f"data.corpus={arguments.corpus}", f"parallel.expert={arguments.nproc_per_node}"]
     seeds = [f"training.seed={seed}", f"data.shuffle_seed={seed}"]

@@ -24,7 +24,7 @@ from engram_megatron.model.memory import RankMemory, job_table_bytes, rank_memor
 from engram_megatron.model.placement import rank_step_tokens
 from engram_megatron.model.traffic import RankTraffic, expected_unique_ratio, rank_traffic
 from engram_megatron.optimizer.parameter_groups import describe_tensor, parameter_rules
-from engram_megatron.overrides import leaves
+from engram_megatron.overrides import as_text, leaves
 
 _SHOWN_STAGES = 8  # with more pipeline stages only the most loaded one is shown
 _NUMBERED = re.compile(r"\.(layers|local_experts)\.(\d+)(?=\.)")
@@ -52,14 +52,7 @@ def describe(config: RunConfig, world_size: int) -> str:
 def _configuration(config: RunConfig) -> str:
     values = [(key, value) for key, value, _ in leaves(config)]
     width = max(len(key) for key, _ in values)
-    return "\n".join(f"{key:<{width}} = {_value(value)}" for key, value in values)
-
-
-def _value(value: object) -> str:
-    """A config value as an override would set it."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return "\n".join(f"{key:<{width}} = {as_text(value)}" for key, value in values)
 
 
 def _layout(config: RunConfig, world_size: int) -> str:
