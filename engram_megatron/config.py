@@ -106,6 +106,22 @@ class HyperConnectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): one layer that predicts the token after the
+    next. It trains the same embedding and head, holds no Engram, and is left out of inference."""
+
+    num_layers: int = 0  # 0 or 1
+    loss_weight: float = 0.3  # lambda of Eq. 25
+
+    def validate(self) -> None:
+        check(self.num_layers in (0, 1), f"model.mtp.num_layers = {self.num_layers} must be 0 or 1")
+        check(
+            self.loss_weight > 0 and isfinite(self.loss_weight),
+            f"model.mtp.loss_weight = {self.loss_weight} must be positive and finite",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The backbone. `vocab_size` is the embedding's height, fixed here so that no layout pads it."""
 
@@ -118,6 +134,7 @@ class ModelConfig:
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig | None = MoEConfig()  # None: dense feed-forward in every layer
     mhc: HyperConnectionConfig = HyperConnectionConfig()
+    mtp: MTPConfig = MTPConfig()
 
     def validate(self) -> None:
         for name in ("num_layers", "hidden_size", "vocab_size", "dense_ffn_size"):
@@ -125,6 +142,7 @@ class ModelConfig:
         check(self.norm_eps > 0, f"model.norm_eps = {self.norm_eps} must be positive")
         self.attention.validate()
         self.mhc.validate()
+        self.mtp.validate()
         if self.moe is not None:
             self.moe.validate(self.num_layers)
 
@@ -196,8 +214,13 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1  # chunks of layers per pipeline rank; > 1: interleaved schedule, smaller bubble
+    # "auto": layers balanced over chunks by cost; or megatron-core's notation, chunk by chunk: "Et*3|t*4|t*3L"
+    pipeline_layout: str = "auto"
     context: int = 1
     expert: int = 1
+    # Optimizer state divided over data-parallel replicas: Muon by whole matrices, Adam by rows
+    distributed_optimizer: bool = False
     # A collective that takes longer than this ends the job. Finite, so that survivors of a dead node do not hang.
     collective_timeout_s: int = free(600)
 
@@ -220,7 +243,7 @@ class ParallelConfig:
         return replicas
 
     def validate(self) -> None:
-        for name in ("tensor", "pipeline", "context", "expert", "collective_timeout_s"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "collective_timeout_s"):
             check(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)} must be at least 1")
 
 
@@ -304,6 +327,9 @@ class TrainingConfig:
     micro_batch_size: int = 1  # sequences per forward pass of one rank
     dtype: DType = "bfloat16"
     seed: int = 1234
+    # Activations to compute again in the backward pass: all of every layer, or those of `recompute_modules`
+    recompute: Literal["none", "selective", "full"] = free("none")
+    recompute_modules: tuple[Literal["core_attention", "feed_forward", "mhc", "engram"], ...] = free(("mhc",))
     log_every_steps: int = free(1)
     validate_every_steps: int = free(500)  # 0: only at the end
     validation_batches: int = free(8)  # global batches

@@ -11,10 +11,15 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     if world_size < 1:
         raise UsageError(f"number of ranks = {world_size} must be at least 1")
     config.validate_layout(world_size)
-    for name in ("pipeline", "context"):
-        size = getattr(config.parallel, name)
-        if size != 1:
-            raise UsageError(
-                f"parallel.{name} = {size}: this version trains with data, tensor and expert parallelism only; set "
-                f"parallel.{name}=1 (--dry-run plans any layout)"
-            )
+    parallel = config.parallel
+    not_yet = {
+        f"parallel.pipeline = {parallel.pipeline}": parallel.pipeline != 1,
+        f"parallel.virtual_pipeline = {parallel.virtual_pipeline}": parallel.virtual_pipeline != 1,
+        f"parallel.context = {parallel.context}": parallel.context != 1,
+        "parallel.distributed_optimizer = true": parallel.distributed_optimizer,
+        f"training.recompute = {config.training.recompute}": config.training.recompute != "none",
+        f"model.mtp.num_layers = {config.model.mtp.num_layers}": config.model.mtp.num_layers != 0,
+    }
+    for setting, chosen in not_yet.items():
+        if chosen:
+            raise UsageError(f"{setting}: this version does not train with it yet (--dry-run plans any layout)")
