@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.errors import UsageError
+from engram_megatron.model.pipeline_balance import balanced_layers, model_costs
 
 _CHUNK = re.compile(r"(E?)((?:t(?:\*\d+)?)*)(m?)(L?)")
 _LAYERS = re.compile(r"t(?:\*(\d+))?")
@@ -64,17 +65,14 @@ def pipeline_layout(config: RunConfig) -> PipelineLayout:
         UsageError: the text cannot be read, or names another number of chunks or layers than the config has.
     """
     if config.parallel.pipeline_layout == "auto":
-        return _even(config)
+        return _balanced(config)
     return _parsed(config)
 
 
-def _even(config: RunConfig) -> PipelineLayout:
-    chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
-    share, rest = divmod(config.model.num_layers, chunks)
-    # The chunks with one layer less are the first and the last, which have the embedding and the head besides.
-    extra = sorted(range(chunks), key=lambda i: (i == chunks - 1, i == 0, i))[:rest]
-    counts = tuple(share + (i in extra) for i in range(chunks))
-    return PipelineLayout(config.parallel.pipeline, counts, has_mtp=config.model.mtp.num_layers > 0)
+def _balanced(config: RunConfig) -> PipelineLayout:
+    ranks, chunks_per_rank = config.parallel.pipeline, config.parallel.virtual_pipeline
+    counts = balanced_layers(model_costs(config), ranks, chunks_per_rank)
+    return PipelineLayout(ranks, counts, has_mtp=config.model.mtp.num_layers > 0)
 
 
 def _parsed(config: RunConfig) -> PipelineLayout:
