@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.errors import UsageError
@@ -69,7 +70,16 @@ def pipeline_layout(config: RunConfig) -> PipelineLayout:
     return _parsed(config)
 
 
+def chunk_memory_layers(config: RunConfig, layers: range) -> tuple[int, ...]:
+    """Numbers (1-based, as in the config) of the Engram layers among `layers` (counted from 0)."""
+    if config.engram is None:
+        return ()
+    return tuple(number for number in config.engram.layer_numbers if number - 1 in layers)
+
+
+@cache
 def _balanced(config: RunConfig) -> PipelineLayout:
+    """Asked for at many places, so computed once for a config."""
     ranks, chunks_per_rank = config.parallel.pipeline, config.parallel.virtual_pipeline
     counts = balanced_layers(model_costs(config), ranks, chunks_per_rank)
     return PipelineLayout(ranks, counts, has_mtp=config.model.mtp.num_layers > 0)
