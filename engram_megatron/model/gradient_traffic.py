@@ -42,16 +42,15 @@ def tensor_rank_transfers(
 ) -> list[Transfer]:
     """Between tensor ranks: gradients of what each holds whole but saw a slice of the sequence with, and Muon's
     all-gathers of the matrices of which each holds a part."""
-    parallel, whole, gathered = config.parallel, 0, 0
-    for spec in specs_on(config, pipeline_rank):
-        if spec.part == ROUTED:
-            continue
-        size = spec.count * gradient_bytes(spec, config)
-        if not is_tensor_divided(spec):
-            whole += size
-        elif takes_muon(spec):
-            gathered += size
+    parallel = config.parallel
+    specs = [spec for spec in specs_on(config, pipeline_rank) if spec.part != ROUTED]
+    whole = [spec for spec in specs if not is_tensor_divided(spec)]
+    # megatron-core flattens them into one tensor, which takes the widest dtype
+    whole_bytes = sum(spec.count for spec in whole) * max((gradient_bytes(spec, config) for spec in whole), default=0)
+    gathered = sum(
+        spec.count * gradient_bytes(spec, config) for spec in specs if is_tensor_divided(spec) and takes_muon(spec)
+    )
     return [
-        Transfer("gradients, whole on tensor ranks", "tensor", "all-reduce", all_reduced(whole, parallel.tensor)),
+        Transfer("gradients, whole on tensor ranks", "tensor", "all-reduce", all_reduced(whole_bytes, parallel.tensor)),
         Transfer("matrices for Muon", "tensor", "all-gather", to_others(gathered, parallel.tensor)),
     ]

@@ -153,28 +153,28 @@ def rank_lookups(config: RunConfig, world_size: int, pipeline_rank: int) -> int:
 
 
 def _tables(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
-    """As one that asks, a rank sends ids and gradients; as an owner, its share of all the rows that are asked for."""
+    """As one that asks, a rank sends ids, with how many there are, and gradients; as an owner, its share of all the
+    rows that are asked for."""
     engram = config.engram
     if engram is None:
         return []
     row_bytes = engram.row_dim * DTYPE_BYTES[engram.table_dtype]
     asked = rank_lookups(config, world_size, pipeline_rank)
+    ids = (asked + world_size) * ID_BYTES
     tokens = config.training.global_batch_size * config.data.sequence_length
     asked_of_one = tokens * len(engram.layer_numbers) * engram.num_heads / world_size
     return [
-        Transfer("table row ids (upper bound)", "tables", "all-to-all", to_others(asked * ID_BYTES, world_size)),
+        Transfer("table row ids (upper bound)", "tables", "all-to-all", to_others(ids, world_size)),
         Transfer("table rows (upper bound)", "tables", "all-to-all", to_others(asked_of_one * row_bytes, world_size)),
         Transfer("table gradients (upper bound)", "tables", "all-to-all", to_others(asked * row_bytes, world_size)),
     ]
 
 
 def _control(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
-    """Loss, token and stop sums, gradient norms, the experts' balance, and how much comes next."""
+    """Loss, token and stop sums, gradient norms, tokens per expert."""
     parallel, moe = config.parallel, config.model.moe
     sent = all_reduced(4 * 8, world_size)  # loss, tokens, stop requests, the tables' norm
     sent += all_reduced(8, parallel.tensor * parallel.pipeline) + all_reduced(8, parallel.expert * parallel.pipeline)
-    if config.engram is not None:
-        sent += (world_size - 1) * ID_BYTES  # rows that each rank asks of each
     if moe is not None:
         layers, data = moe_layers_on(config, pipeline_rank), parallel.data(world_size)
         biases = layers * moe.num_experts * FLOAT32_BYTES

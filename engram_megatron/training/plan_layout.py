@@ -45,8 +45,7 @@ def pipeline_text(config: RunConfig, world_size: int) -> str:
 
 def memory_text(config: RunConfig, world_size: int) -> str:
     """Bytes by kind, one column per pipeline rank."""
-    ranks = range(config.parallel.pipeline)
-    memories = [rank_memory(config, world_size, rank, _state_values(config)) for rank in ranks]
+    memories = planned_memory(config, world_size)
     kinds: dict[str, Callable[[RankMemory], int]] = {
         "weights": lambda m: m.weights,
         "gradients": lambda m: m.gradients,
@@ -75,11 +74,22 @@ def memory_text(config: RunConfig, world_size: int) -> str:
     return "\n".join(lines)
 
 
+def planned_memory(config: RunConfig, world_size: int) -> list[RankMemory]:
+    """Memory of a rank of each pipeline rank."""
+    is_muon = takes_muon(config)
+
+    def state_values(spec: TensorSpec) -> int:
+        """Values that the optimizer keeps per element: Muon's momentum, or Adam's two moments."""
+        return 1 if is_muon(spec) else 2
+
+    return [rank_memory(config, world_size, rank, state_values) for rank in range(config.parallel.pipeline)]
+
+
 def traffic_text(config: RunConfig, world_size: int) -> str:
     """Bytes by purpose, process group and collective, one column per pipeline rank."""
-    takes_muon = _takes_muon(config)
+    is_muon = takes_muon(config)
     per_rank = [
-        {(t.purpose, t.group, t.collective): t.bytes for t in rank_traffic(config, world_size, rank, takes_muon)}
+        {(t.purpose, t.group, t.collective): t.bytes for t in rank_traffic(config, world_size, rank, is_muon)}
         for rank in range(config.parallel.pipeline)
     ]
     totals = [sum(transfers.values()) for transfers in per_rank]
@@ -99,13 +109,8 @@ def traffic_text(config: RunConfig, world_size: int) -> str:
     )
 
 
-def _state_values(config: RunConfig) -> Callable[[TensorSpec], int]:
-    """Values that the optimizer keeps per element: Muon's momentum, or Adam's two moments."""
-    takes_muon = _takes_muon(config)
-    return lambda spec: 1 if takes_muon(spec) else 2
-
-
-def _takes_muon(config: RunConfig) -> Callable[[TensorSpec], bool]:
+def takes_muon(config: RunConfig) -> Callable[[TensorSpec], bool]:
+    """Whether Muon updates a tensor of `config`."""
     rules = parameter_rules(config.model, config.engram)
     return lambda spec: rules.rule(spec.name, spec.shape).optimizer == "muon"
 
