@@ -3,8 +3,8 @@
 Read off what megatron-core and this project issue, module by module, with sequence parallelism (wherever tensor > 1).
 A value is one number of one token of the tensor that is whole after an all-gather, or before a reduce-scatter:
 
-    column-parallel linear, input w wide    all-gather the input; backward all-gather it again for the weights' gradient,
-                                            reduce-scatter its gradient
+    column-parallel linear, input w wide    all-gather the input; backward all-gather it again for the gradient of the
+                                            weights, reduce-scatter its own gradient
     row-parallel linear, output w wide      reduce-scatter the output; backward all-gather its gradient
     latents divided by width                all-gather the width, take this rank's positions; backward all-gather those
     rope key                                all-gather the positions; backward reduce-scatter
@@ -69,8 +69,8 @@ def tensor_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:
 
 
 def context_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:
-    """Over the context ranks, all layers of a pipeline rank: latents and rope keys per token of a tensor rank's slice of
-    the whole sequence (T / tensor positions)."""
+    """Over the context ranks, all layers of a pipeline rank: latents and rope keys, values per token of the T / tensor
+    positions of which a tensor rank has the latents then."""
     attention = config.model.attention
     latents = attention.kv_lora_rank + attention.rope_head_dim
     mtp = config.model.mtp.num_layers if pipeline_rank == config.parallel.pipeline - 1 else 0

@@ -120,7 +120,7 @@ def _attention_core(config: RunConfig) -> int:
 
 
 def _stream_mixing(config: RunConfig, matrices: Matrices) -> int:
-    """One layer with hyper-connections: H_pre x, H_res x and H_post^T F(.) of both sub-layers; arXiv 2512.24880 Eq. 3."""
+    """One layer: H_pre x, H_res x and H_post^T F(.) of both sub-layers; arXiv 2512.24880 equation 3."""
     streams, width = config.model.mhc.num_streams, config.model.hidden_size
     return 2 * 2 * (streams * streams + 2 * streams) * width if matrices["hyper-connections"] else 0
 

@@ -60,10 +60,11 @@ class PipelineLayout:
 
 
 def pipeline_layout(config: RunConfig) -> PipelineLayout:
-    """The layout that `parallel.pipeline_layout` asks for.
+    """The layout that `parallel.pipeline_layout` asks for. Every chunk has at least one decoder layer.
 
     Raises:
-        UsageError: the text cannot be read, or names another number of chunks or layers than the config has.
+        UsageError: the text cannot be read, names another number of chunks or layers than the config has, or leaves a
+            chunk empty.
     """
     if config.parallel.pipeline_layout == "auto":
         return _balanced(config)
@@ -105,6 +106,8 @@ def _parsed(config: RunConfig) -> PipelineLayout:
                 f"(model.mtp.num_layers = {config.model.mtp.num_layers})"
             )
     counts = tuple(sum(int(m[1] or 1) for m in _LAYERS.finditer(layers)) for _, layers, _, _ in parts)
+    if 0 in counts:
+        raise UsageError(f"{what}: part {counts.index(0) + 1} has no layer, every chunk needs one")
     if sum(counts) != config.model.num_layers:
         raise UsageError(f"{what}: has {sum(counts)} layers, model.num_layers = {config.model.num_layers}")
     return PipelineLayout(parallel.pipeline, counts, has_mtp)

@@ -62,7 +62,7 @@ def engram_layers_on(config: RunConfig, pipeline_rank: int) -> int:
 
 
 def moe_layers_on(config: RunConfig, pipeline_rank: int) -> int:
-    """Number of mixture-of-experts layers of pipeline rank `pipeline_rank`, that of multi-token prediction with them."""
+    """Number of mixture-of-experts layers of pipeline rank `pipeline_rank`, with that of multi-token prediction."""
     moe = config.model.moe
     if moe is None:
         return 0

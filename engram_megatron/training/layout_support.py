@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
+from engram_megatron.model.pipeline_layout import pipeline_layout
 
 
 def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
@@ -11,6 +12,7 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     if world_size < 1:
         raise UsageError(f"number of ranks = {world_size} must be at least 1")
     config.validate_layout(world_size)
+    pipeline_layout(config)  # reads its text
     parallel = config.parallel
     not_yet = {
         f"parallel.context = {parallel.context}": parallel.context != 1,

@@ -23,22 +23,24 @@ def pipeline_text(config: RunConfig, world_size: int) -> str:
     parallel, layout = config.parallel, pipeline_layout(config)
     costs = model_costs(config).chunks(layout.num_layers)
     slowest, whole = max(cost.total for cost in costs), sum(cost.total for cost in costs)
-    rows = [["rank", "chunk", "layers", "Engram layers", "cost", "of the slowest"]]
+    rows = [["rank", "chunk", "layers", "Engram layers", "cost", "of the slowest", "cost of the rank"]]
     for rank in range(layout.ranks):
+        of_rank = sum(cost.total for cost in costs[rank :: layout.ranks])
         for chunk in range(layout.chunks_per_rank):
             layers = layout.layers(rank, chunk)
             cost = costs[chunk * layout.ranks + rank].total
             engram = ",".join(map(str, chunk_memory_layers(config, layers))) or "-"
             shown = f"{layers.start + 1}..{layers.stop}" if layers else "-"
-            rows.append([str(rank), str(chunk), shown, engram, f"{cost / whole:.1%}", f"{cost / slowest:.1%}"])
+            shares = (f"{cost / whole:.1%}", f"{cost / slowest:.1%}", "" if chunk else f"{of_rank / whole:.1%}")
+            rows.append([str(rank), str(chunk), shown, engram, *shares])
     microbatches = config.training.num_microbatches(parallel.data(world_size))
     idle = idle_share(costs, layout.ranks, microbatches)
     equal = (layout.ranks - 1) / (layout.chunks_per_rank * microbatches + layout.ranks - 1)
     return (
-        f"parallel.pipeline_layout = {layout.as_text()}\n{table(rows, right=(0, 1, 2, 3, 4, 5))}\n"
+        f"parallel.pipeline_layout = {layout.as_text()}\n{table(rows, right=range(7))}\n"
         f"Cost: FLOPs, and {FLOPS_PER_BYTE} for each byte that hyper-connections, Engram and loss move.\n"
-        f"Bubble: {idle:.1%} of a step's time a pipeline rank idles, on average, in a simulation of these costs without "
-        f"communication.\n(p - 1) / (v m + p - 1) = {equal:.1%} if all chunks cost the same: p ranks, v chunks each, "
+        f"Bubble: {idle:.1%} of its time a pipeline rank idles, on average, in a simulation with these costs, without "
+        f"communication;\n(p - 1) / (v m + p - 1) = {equal:.1%} if all chunks cost the same: p ranks, v chunks each, "
         f"m = {microbatches} microbatches."
     )
 

@@ -43,5 +43,25 @@ def test_size_of_a_part_that_the_model_lacks_does_not_matter(unused: tuple[str, 
 
 
 def test_dimension_that_is_not_trained_yet_is_refused() -> None:
-    with pytest.raises(UsageError, match="parallel.context = 2: this version does not train with it yet"):
+    with pytest.raises(UsageError, match=r"parallel.context = 2: this version does not train with it yet"):
         check_layout_is_supported(small_run_config(overrides=["parallel.context=2"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "told"),
+    [
+        (["parallel.virtual_pipeline=2"], 1, r"virtual_pipeline = 2 needs parallel.pipeline > 1"),
+        (["parallel.pipeline=4"], 4, r"4 \* 1 = 4 exceeds model.num_layers = 3"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_layers=4", "training.micro_batch_size=8"],
+            2,
+            r"1 microbatches per step are not divisible by parallel.pipeline = 2",
+        ),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Et*3|L"], 2, r"part 2 has no layer"),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Et*3|tL"], 2, r"has 4 layers, model.num_layers = 3"),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Et|t|tL"], 2, r"has 3 parts"),
+    ],
+)
+def test_pipeline_that_cannot_be_is_refused(overrides: list[str], world_size: int, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        check_layout_is_supported(small_run_config(overrides=overrides), world_size)

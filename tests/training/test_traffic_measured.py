@@ -139,7 +139,8 @@ def test_tables_send_what_the_gather_counts_and_no_more_than_the_plan_says(layou
 
 def test_layouts_send_by_every_kind_of_collective() -> None:
     """A kind that no layout has would be compared as nothing with nothing."""
-    sent = {kind for ranks in (2, 4) for results in _all_measured(ranks).values() for r in results for kind in +r["measured"]}
+    results = [result for ranks in (2, 4) for of_ranks in _all_measured(ranks).values() for result in of_ranks]
+    sent = {kind for result in results for kind in +result["measured"]}
     assert {("data", "all-reduce"), ("expert data", "all-reduce"), ("expert", "all-to-all")} <= sent
     assert {("tensor", kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")} <= sent
     assert ("pipeline", "send") in sent
