@@ -15,7 +15,7 @@ EXPECTED = {
     "all_gather_into_tensor": ("all-gather", 24),
     "reduce_scatter_tensor": ("reduce-scatter", 24),
     "all_to_all_single": ("all-to-all", 24),
-    "all_to_all_single, uneven": ("all-to-all", 4 * (0 + 1 + 2)),
+    "all_to_all_single, uneven": ("all-to-all", 4 * (1 + 0 + 3)),
     "broadcast": ("broadcast", 24),
     "isend and irecv": ("send", 32),
     "batch_isend_irecv": ("send", 32),
@@ -31,8 +31,9 @@ def _count_each(rank: int, world_size: int) -> dict[str, tuple[dict[Any, int], s
 
     whole, part = torch.ones(8), torch.ones(2)
     peer = (rank + 1) % world_size
-    splits = [0, 1, 2, 3] if rank == 0 else [1, 1, 1, 1]
-    back = [splits[0] if rank == 0 else rank, 1, 1, 1]  # what each rank sends to this one
+    of_first = [2, 1, 0, 3]
+    splits = of_first if rank == 0 else [1, 1, 1, 1]
+    back = [of_first[rank], 1, 1, 1]  # what each rank sends to this one
     all_reduce = dist.all_reduce  # a name bound before the counter is there
 
     def coalesced() -> None:
