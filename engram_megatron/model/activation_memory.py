@@ -1,9 +1,9 @@
 """Estimate of the activations that a rank keeps, from the config alone.
 
-Counted are tensors that autograd must keep for the backward pass, each once, with balanced routing, divided by the
-tensor size (sequence parallelism), attention without a score matrix. Recomputation takes away what the recomputed
-module keeps, but for its input:
-    full            of every layer only its input streams stay; one layer at a time is whole
+Counted are tensors that autograd must keep for the backward pass, each once, and what recomputation brings back of one
+layer at a time, with balanced routing, divided by the tensor size (sequence parallelism), attention without a score
+matrix. Recomputation takes away what the recomputed module keeps, but for its input:
+    full            of every layer only its input streams and memory stay
     feed_forward    all of it
     mhc             mappings, mixed streams and inputs of sub-layers; a layer's input and the sub-layers' outputs stay
     engram          all of it but the memory
@@ -19,7 +19,6 @@ size.
 from __future__ import annotations
 
 from engram_megatron.config import RunConfig
-from engram_megatron.model.activation_traffic import recomputes
 from engram_megatron.model.counts import engram_streams
 from engram_megatron.model.pipeline_layout import pipeline_layout
 from engram_megatron.model.pipeline_schedule import peak_kept
@@ -30,9 +29,10 @@ def activation_bytes(config: RunConfig, pipeline_rank: int, microbatches: int) -
     """The most that all microbatches of a step in flight leave on a rank of pipeline rank `pipeline_rank`."""
     layout = pipeline_layout(config)
     chunks = [chunk_activation_bytes(config, pipeline_rank, chunk) for chunk in range(layout.chunks_per_rank)]
-    again = 0
-    if config.training.recompute == "full":
-        again = max(_layer_token_bytes(config, layer) for layer in layout.layers_of_rank(pipeline_rank))
+    again = max(
+        _whole_token_bytes(config, layer) - _kept_token_bytes(config, layer)
+        for layer in layout.layers_of_rank(pipeline_rank)
+    )
     return peak_kept(pipeline_rank, layout.ranks, microbatches, chunks) + _rank_tokens(config, again)
 
 
@@ -45,11 +45,10 @@ def passes_in_flight(config: RunConfig, pipeline_rank: int, microbatches: int) -
 def chunk_activation_bytes(config: RunConfig, pipeline_rank: int, chunk: int) -> int:
     """What one pass of a microbatch through a chunk leaves until its backward pass."""
     layout = pipeline_layout(config)
-    kept = _input_token_bytes if config.training.recompute == "full" else _layer_token_bytes
-    token_bytes = sum(kept(config, layer) for layer in layout.layers(pipeline_rank, chunk))
+    token_bytes = sum(_kept_token_bytes(config, layer) for layer in layout.layers(pipeline_rank, chunk))
     if pipeline_rank == layout.ranks - 1 and chunk == layout.chunks_per_rank - 1:
         token_bytes += (1 + config.model.mtp.num_layers) * _head_token_bytes(config)
-        token_bytes += config.model.mtp.num_layers * kept(config, config.model.num_layers - 1)
+        token_bytes += config.model.mtp.num_layers * _kept_token_bytes(config, config.model.num_layers - 1)
     return _rank_tokens(config, token_bytes)
 
 
@@ -66,25 +65,31 @@ def _head_token_bytes(config: RunConfig) -> int:
     return values * value_bytes + config.model.vocab_size * max(FLOAT32_BYTES, value_bytes)
 
 
-def _input_token_bytes(config: RunConfig, layer: int) -> int:
-    """The streams before a layer, and the memory that it is given."""
-    values = config.model.mhc.num_streams * config.model.hidden_size
-    if _has_engram(config, layer):
-        assert config.engram is not None
-        values += config.engram.memory_dim
-    return values * DTYPE_BYTES[config.training.dtype]
+def _kept_token_bytes(config: RunConfig, layer: int) -> int:
+    if config.training.recompute == "full":
+        values = config.model.mhc.num_streams * config.model.hidden_size
+        if _has_engram(config, layer):
+            assert config.engram is not None
+            values += config.engram.memory_dim
+        return values * DTYPE_BYTES[config.training.dtype]
+    modules = config.training.recompute_modules if config.training.recompute == "selective" else ()
+    return _by_parts(config, layer, frozenset(modules))
 
 
-def _layer_token_bytes(config: RunConfig, layer: int) -> int:
-    """A layer that is not recomputed as a whole."""
+def _whole_token_bytes(config: RunConfig, layer: int) -> int:
+    return _by_parts(config, layer, frozenset())
+
+
+def _by_parts(config: RunConfig, layer: int, again: frozenset[str]) -> int:
+    """What a layer keeps of all but the parts `again`."""
     moe = config.model.moe
     is_dense = moe is None or layer < moe.num_leading_dense_layers
-    values = _attention_values(config) + _residual_values(config)
-    if not recomputes(config, "feed_forward"):
+    values = _attention_values(config) + _residual_values(config, again)
+    if "feed_forward" not in again:
         values += 3 * config.model.dense_ffn_size if is_dense else _moe_values(config)  # dense: gate, up, product
     if _has_engram(config, layer):
-        values += _engram_values(config)
-    mapping = 0 if recomputes(config, "mhc") else 2 * _mapping_bytes(config)
+        values += _engram_values(config, again)
+    mapping = 0 if "mhc" in again else 2 * _mapping_bytes(config)
     return values * DTYPE_BYTES[config.training.dtype] + mapping
 
 
@@ -92,12 +97,12 @@ def _has_engram(config: RunConfig, layer: int) -> bool:
     return config.engram is not None and layer + 1 in config.engram.layer_numbers
 
 
-def _residual_values(config: RunConfig) -> int:
+def _residual_values(config: RunConfig, again: frozenset[str]) -> int:
     """Both sub-layers: norm's input and output 2C each; with n > 1 also the streams nC and the sub-layer's output C."""
     streams, width = config.model.mhc.num_streams, config.model.hidden_size
     if streams == 1:
         return 2 * 2 * width
-    if recomputes(config, "mhc"):
+    if "mhc" in again:
         return (streams + 2) * width
     return 2 * (streams + 3) * width
 
@@ -130,11 +135,11 @@ def _moe_values(config: RunConfig) -> int:
     return moe.num_experts + routed + 3 * moe.num_shared_experts * moe.expert_ffn_size
 
 
-def _engram_values(config: RunConfig) -> int:
+def _engram_values(config: RunConfig, again: frozenset[str]) -> int:
     """Memory E, keys SC, value C, streams SC, gated value SC, and for the convolution its norm and output 2SC."""
     engram, width = config.engram, config.model.hidden_size
     assert engram is not None
-    if recomputes(config, "engram"):
+    if "engram" in again:
         return engram.memory_dim
     streams = engram_streams(config)
     keys = streams * width if engram.gate else 0
