@@ -15,6 +15,7 @@ from engram_megatron.model.counts import TensorSpec
 from engram_megatron.model.placement import (
     DTYPE_BYTES,
     FLOAT32_BYTES,
+    buffer_elements,
     gradient_bytes,
     rank_elements,
     rank_table_rows,
@@ -64,8 +65,9 @@ def rank_memory(
     masters = states = 0.0
     for spec, share in zip(specs, shares, strict=True):
         held, wide = rank_elements(spec, config.parallel), gradient_bytes(spec, config)
-        weights += held * weight_bytes(spec, config)
-        gradients += held * wide
+        in_buffer = buffer_elements(spec, config.parallel)
+        weights += in_buffer * weight_bytes(spec, config)
+        gradients += in_buffer * wide
         masters += 0 if weight_bytes(spec, config) >= FLOAT32_BYTES else held * share * FLOAT32_BYTES
         states += held * share * state_values(spec) * wide
     microbatches = config.training.num_microbatches(config.parallel.data(world_size))

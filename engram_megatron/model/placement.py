@@ -82,6 +82,20 @@ def rank_elements(spec: TensorSpec, parallel: ParallelConfig) -> int:
     return ceil(spec.count / parallel.tensor) if is_tensor_divided(spec) else spec.count
 
 
+def buffer_elements(spec: TensorSpec, parallel: ParallelConfig) -> int:
+    """Elements that `spec` takes of one rank's buffers of gradients, and with the distributed optimizer of weights:
+    megatron-core then lets every tensor begin at a multiple of 64. (The end of a buffer is padded by 127 at most.)"""
+    if not parallel.distributed_optimizer:
+        return rank_elements(spec, parallel)
+    if spec.part == ROUTED:
+        return _padded(spec.count) // parallel.expert
+    return _padded(rank_elements(spec, parallel))
+
+
+def _padded(elements: int) -> int:
+    return ceil(elements / 64) * 64
+
+
 def gradient_ranks(spec: TensorSpec, parallel: ParallelConfig, world_size: int) -> int:
     """Ranks that hold the same elements of `spec` and sum their gradients."""
     replicas = parallel.data(world_size) * parallel.context

@@ -25,7 +25,7 @@ from engram_megatron.model.activation_traffic import (
     tensor_exchange,
 )
 from engram_megatron.model.counts import TensorSpec
-from engram_megatron.model.gradient_traffic import gradient_transfers, tensor_rank_transfers
+from engram_megatron.model.gradient_traffic import embedding_transfers, gradient_transfers, tensor_rank_transfers
 from engram_megatron.model.placement import (
     DTYPE_BYTES,
     FLOAT32_BYTES,
@@ -49,7 +49,8 @@ def rank_traffic(
     """
     transfers = [
         *gradient_transfers(config, world_size, pipeline_rank),
-        *tensor_rank_transfers(config, pipeline_rank, takes_muon),
+        *embedding_transfers(config, pipeline_rank),
+        *tensor_rank_transfers(config, world_size, pipeline_rank, takes_muon),
         *_activations(config, world_size, pipeline_rank),
         *_loss(config, world_size, pipeline_rank),
         *_experts(config, world_size, pipeline_rank),

@@ -10,7 +10,7 @@ from engram_megatron.model.memory import RankMemory, job_table_bytes, rank_memor
 from engram_megatron.model.pipeline_balance import FLOPS_PER_BYTE, model_costs
 from engram_megatron.model.pipeline_layout import chunk_memory_layers, pipeline_layout
 from engram_megatron.model.pipeline_schedule import idle_share
-from engram_megatron.model.placement import rank_step_tokens
+from engram_megatron.model.placement import gradient_ranks, rank_step_tokens
 from engram_megatron.model.traffic import expected_unique_ratio, rank_traffic
 from engram_megatron.optimizer.parameter_groups import parameter_rules
 from engram_megatron.training.plan_text import byte_count, table
@@ -67,9 +67,16 @@ def memory_text(config: RunConfig, world_size: int) -> str:
         "full": "Every layer is recomputed.",
         "selective": f"Recomputed: {', '.join(config.training.recompute_modules)}.",
     }
+    shared = config.parallel.distributed_optimizer
     lines = [
         table(rows, right=range(1, len(rows[0]))),
-        "Every data replica holds whole gradients and optimizer state. " + recomputed[config.training.recompute],
+        "Every data replica holds "
+        + (
+            "whole gradients and its share of the optimizer state, here the mean. "
+            if shared
+            else "the whole of these. "
+        )
+        + recomputed[config.training.recompute],
     ]
     if config.engram is not None:
         lines.append(f"Host tables of the whole job: {byte_count(job_table_bytes(config, world_size))}.")
@@ -84,7 +91,14 @@ def planned_memory(config: RunConfig, world_size: int) -> list[RankMemory]:
         """Values that the optimizer keeps per element: Muon's momentum, or Adam's two moments."""
         return 1 if is_muon(spec) else 2
 
-    return [rank_memory(config, world_size, rank, state_values) for rank in range(config.parallel.pipeline)]
+    def shares(specs: Sequence[TensorSpec]) -> list[float]:
+        """Of a distributed optimizer's replicas the mean: matrices are dealt whole."""
+        return [1 / gradient_ranks(spec, config.parallel, world_size) for spec in specs]
+
+    state_shares = shares if config.parallel.distributed_optimizer else None
+    return [
+        rank_memory(config, world_size, rank, state_values, state_shares) for rank in range(config.parallel.pipeline)
+    ]
 
 
 def traffic_text(config: RunConfig, world_size: int) -> str:

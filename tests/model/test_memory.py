@@ -8,8 +8,8 @@ import pytest
 from tiny_shapes import tiny_shapes
 
 from engram_megatron.config import ParallelConfig, RunConfig
-from engram_megatron.model.counts import TensorSpec, count_parameters, parameter_specs
 from engram_megatron.model.activation_memory import chunk_activation_bytes
+from engram_megatron.model.counts import TensorSpec, count_parameters, parameter_specs
 from engram_megatron.model.memory import RankMemory, job_table_bytes, rank_memory
 from engram_megatron.model.placement import rank_elements, rank_table_rows, specs_on
 from engram_megatron.overrides import apply_overrides
