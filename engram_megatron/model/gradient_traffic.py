@@ -26,7 +26,9 @@ def gradient_transfers(config: RunConfig, world_size: int, pipeline_rank: int) -
     dense = [spec for spec in specs if spec.part != ROUTED]
     experts = [spec for spec in specs if spec.part == ROUTED]
     transfers = _over_replicas(config, world_size, dense, "dense", "data")
-    return transfers + _over_replicas(config, world_size, experts, "routed experts", "expert data")
+    # Where no group of ranks differs for them, megatron-core treats routed experts as all else.
+    apart = config.parallel.expert > 1 or config.parallel.tensor > 1
+    return transfers + _over_replicas(config, world_size, experts, "routed experts", "expert data" if apart else "data")
 
 
 def _over_replicas(
@@ -41,11 +43,11 @@ def _over_replicas(
         return [Transfer(f"gradients, {kind}", group, "all-reduce", all_reduced(gradients, ranks))]
     weights = sum(elements * weight_bytes(spec, config) for elements, spec in held)
     # A replica has the sums of an equal share of the buffer, and sends on what belongs to tensors of other owners; the
-    # owners send weights back alike. Which they are depends on the tensors' order: this is the mean.
+    # owners send weights back alike. Estimated as if owners were drawn by lot.
     return [
         Transfer(f"gradients, {kind}", group, "reduce-scatter", to_others(gradients, ranks)),
-        Transfer(f"gradients to owners, {kind} (mean)", group, "all-to-all", to_others(gradients / ranks, ranks)),
-        Transfer(f"weights from owners, {kind} (mean)", group, "all-to-all", to_others(weights / ranks, ranks)),
+        Transfer(f"gradients to owners, {kind} (estimate)", group, "all-to-all", to_others(gradients / ranks, ranks)),
+        Transfer(f"weights from owners, {kind} (estimate)", group, "all-to-all", to_others(weights / ranks, ranks)),
         Transfer(f"weights, {kind}", group, "all-gather", to_others(weights, ranks)),
     ]
 

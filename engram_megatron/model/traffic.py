@@ -175,7 +175,11 @@ def _control(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Tra
     """Loss, token and stop sums, gradient norms, tokens per expert."""
     parallel, moe = config.parallel, config.model.moe
     sent = all_reduced(4 * 8, world_size)  # loss, tokens, stop requests, the tables' norm
-    sent += all_reduced(8, parallel.tensor * parallel.pipeline) + all_reduced(8, parallel.expert * parallel.pipeline)
+    if parallel.distributed_optimizer:
+        sent += all_reduced(8, world_size)
+    else:
+        sent += all_reduced(8, parallel.tensor * parallel.pipeline)
+        sent += all_reduced(8, parallel.expert * parallel.pipeline)
     if moe is not None:
         layers, data = moe_layers_on(config, pipeline_rank), parallel.data(world_size)
         biases = layers * moe.num_experts * FLOAT32_BYTES

@@ -117,6 +117,18 @@ def test_context_ranks_gather_latents() -> None:
     assert sent == 2 * latents * TOKENS // 2  # forward and backward, half of the sequence is at home
 
 
+def test_distributed_optimizer_scatters_sums_and_gathers_weights() -> None:
+    config = apply_overrides(_tiny(expert=2), ["parallel.distributed_optimizer=true"])
+    counts = count_parameters(config)
+    sent = _sent(config, 4)
+    experts = counts.by_part["routed experts"] // 2
+    assert sent["gradients, routed experts"] == sent["weights, routed experts"] == 4 * experts // 2
+    dense = 4 * (counts.stored - counts.engram_tables - 2 * experts) * 3 // 4
+    # tensors begin at multiples of 64 elements; there are some 100 of them
+    assert sent["gradients, dense"] == pytest.approx(dense, abs=100 * 64 * 4)
+    assert sent["gradients, dense"] >= dense
+
+
 def test_multi_token_prediction_sums_the_gradients_of_two_embeddings() -> None:
     config = apply_overrides(_tiny(pipeline=2), ["model.mtp.num_layers=1"])
     sent = [_sent(config, 2, rank)["gradients, both embeddings"] for rank in range(2)]

@@ -27,10 +27,11 @@ class Layout(NamedTuple):
     overrides: tuple[str, ...]
 
     def __str__(self) -> str:
-        return " ".join(override.split(".")[-1] for override in self.overrides)
+        return " ".join(override.split(".")[-1] for override in self.overrides) or f"data={self.ranks}"
 
 
 LAYOUTS = [
+    Layout(2, ()),
     Layout(2, ("parallel.expert=2",)),
     Layout(2, ("parallel.tensor=2",)),
     Layout(4, ("parallel.tensor=2", "parallel.expert=2", "model.attention.query_lora_rank=8")),
