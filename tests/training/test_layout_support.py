@@ -43,7 +43,7 @@ def test_size_of_a_part_that_the_model_lacks_does_not_matter(unused: tuple[str, 
 
 
 def test_dimension_that_is_not_trained_yet_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"parallel.context = 2: this version does not train with it yet"):
+    with pytest.raises(UsageError, match=r"parallel\.context = 2: this version does not train with it yet"):
         check_layout_is_supported(small_run_config(overrides=["parallel.context=2"]), 2)
 
 
