@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from engram_megatron.model.core_attention import SdpaCoreAttention
 from engram_megatron.model.latent_attention import LatentSelfAttention
 from engram_megatron.model.pipeline_layout import chunk_memory_layers
 from engram_megatron.model.rms_norm import RMSNorm
+from engram_megatron.model.router import SigmoidRouter
 from engram_megatron.model.transformer_layer import EngramSubmodules, EngramTransformerLayer
 
 
@@ -66,7 +68,9 @@ def _layer(config: RunConfig, memory_layers: tuple[int, ...], *, is_dense: bool)
         feed_forward = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
     else:
         assert config.model.moe is not None
-        feed_forward = get_moe_module_spec_for_backend(backend, num_experts=config.model.moe.num_experts)
+        experts = get_moe_module_spec_for_backend(backend, num_experts=config.model.moe.num_experts)
+        parts = replace(experts.keywords["submodules"], router=SigmoidRouter)
+        feed_forward = partial(experts.func, submodules=parts)
     return ModuleSpec(
         module=EngramTransformerLayer,
         submodules=EngramSubmodules(
