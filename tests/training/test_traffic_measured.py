@@ -48,15 +48,14 @@ def _config(layout: Layout) -> RunConfig:
 def _route_in_turn() -> None:
     """Copy number i of a rank goes to expert i modulo their number, whatever the scores say."""
     import torch
-    from megatron.core.transformer.moe import router
 
-    by_score = router.topk_routing_with_score_function
+    from engram_megatron.model.router import SigmoidRouter
 
-    def in_turn(logits: Any, topk: int, **how: Any) -> Any:
-        copies = torch.arange(logits.shape[0] * topk, device=logits.device)
-        return by_score(logits, topk, precomputed_indices=(copies % logits.shape[1]).view(-1, topk), **how)
+    def in_turn(router: Any, biased_NE: Any) -> Any:
+        num_tokens, num_experts = biased_NE.shape
+        return (torch.arange(num_tokens * router.topk) % num_experts).view(num_tokens, router.topk)
 
-    router.topk_routing_with_score_function = in_turn
+    SigmoidRouter.choose = in_turn  # type: ignore[method-assign]
 
 
 def _group_names(run: Any) -> dict[str, str]:
