@@ -1,7 +1,7 @@
 """The memory of a run: from token ids to rows in the model, and from gradients to updated rows.
 
-Shape legend: B sequences, T positions, S = T / tensor positions of this tensor rank's share, L Engram layers, H heads
-of a layer, D row_dim, E = H * D memory width.
+Shape legend: B sequences, T positions, S positions of this rank's share (T / (context * tensor)), L Engram layers,
+H heads of a layer, D row_dim, E = H * D memory width.
 """
 
 from __future__ import annotations
@@ -56,18 +56,15 @@ class ConditionalMemory:
     def start(self, batches: Sequence[Batch]) -> PendingRows:
         """Hash the microbatches of a step and begin to fetch their distinct rows. Collective over all ranks.
 
-        Tensor ranks hash whole sequences, because windows cross the borders of their shares, and ask for the rows of
-        their own positions only: each position is asked for, and returns its gradient, once.
+        Tensor and context ranks hash whole sequences, because windows cross the borders of their shares, and ask for
+        the rows of their own positions only: each position is asked for, and returns its gradient, once.
         """
         return self.lookup.start(np.stack([self._row_ids(batch) for batch in batches]))
 
     def _row_ids(self, batch: Batch) -> NDArray[np.int64]:
         """Row ids int64 [L, B, S, H]."""
         rows_LBTH = self.hasher.rows(batch.tokens, batch.document_ids if self.engram.cut_at_documents else None)
-        share, rest = divmod(rows_LBTH.shape[2], self.ranks.tensor_ranks)
-        assert rest == 0, (rows_LBTH.shape, self.ranks.tensor_ranks)
-        first = self.ranks.tensor_rank * share
-        return rows_LBTH[:, :, first : first + share]
+        return rows_LBTH[:, :, self.ranks.memory_positions(rows_LBTH.shape[2])]
 
     def of_microbatch(self, rows: UniqueRows, index: int) -> torch.Tensor:
         """Memory [L, S, B, E] of microbatch `index`, in the model's dtype, differentiable back to the rows."""

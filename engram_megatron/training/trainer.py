@@ -151,6 +151,7 @@ class Trainer:
             yield make_microbatch(
                 batch,
                 memory_LTBE,
+                self.ranks.token_positions(self.config.data.sequence_length),
                 separate_documents=self.config.data.separate_documents,
                 cut_memory_at_documents=engram is not None and engram.cut_at_documents,
             )
