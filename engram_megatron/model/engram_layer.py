@@ -6,8 +6,6 @@ K taps of the convolution. Sequence first. The layer is given its memory and doe
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -132,23 +130,30 @@ class EngramLayer(nn.Module):
         """The convolution's branch. Pieces of a divided sequence are convolved as if they were sequences."""
         assert self.norm_conv is not None
         assert self.short_conv is not None
-        convolve: partial[Tensor] = partial(
-            short_conv,
-            norm_weight_MC=self.norm_conv.weight,
-            conv_weight=self.short_conv.weight,
-            eps=self.conv_norm_eps,
-            dilation=self.conv_dilation,
+        reach = 0 if self.sequence_group is None else (self.short_conv.weight.shape[-1] - 1) * self.conv_dilation
+        seen_TBMC, seen_ids_BT = self._with_halo(gated_TBMC, document_ids_BT, reach)
+        convolved_TBMC = short_conv(
+            seen_TBMC,
+            self.norm_conv.weight,
+            self.short_conv.weight,
+            self.conv_norm_eps,
+            self.conv_dilation,
+            seen_ids_BT,
         )
+        pieces_TPBMC: Tensor = convolved_TBMC[reach:].unflatten(1, (self.partition.num_pieces, -1))
+        return pieces_TPBMC.transpose(0, 1).flatten(0, 1)
+
+    def _with_halo(
+        self, gated_TBMC: Tensor, document_ids_BT: Tensor | None, reach: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The pieces of this rank's share side by side in the dimension of sequences, each behind the `reach` positions
+        before it, and the document ids of both."""
         if self.sequence_group is None:
-            return convolve(gated_TBMC, document_ids_BT=document_ids_BT)
-        reach = (self.short_conv.weight.shape[-1] - 1) * self.conv_dilation
-        B, P = gated_TBMC.shape[1], self.partition.num_pieces
+            return gated_TBMC, document_ids_BT
         halo_HPBMC = left_halo(gated_TBMC, reach, self.partition, self.sequence_group)
-        pieces_TPBMC = gated_TBMC.unflatten(0, (P, -1)).transpose(0, 1)
-        seen = torch.cat([halo_HPBMC, pieces_TPBMC]).flatten(1, 2)
+        pieces_TPBMC = gated_TBMC.unflatten(0, (self.partition.num_pieces, -1)).transpose(0, 1)
         ids = None if document_ids_BT is None else self._ids_with_halo(document_ids_BT, reach)
-        convolved = convolve(seen, document_ids_BT=ids)
-        return convolved[reach:].unflatten(1, (P, B)).transpose(0, 1).flatten(0, 1)
+        return torch.cat([halo_HPBMC, pieces_TPBMC]).flatten(1, 2), ids
 
     def _ids_with_halo(self, document_ids_BT: Tensor, reach: int) -> Tensor:
         """Document ids [P * B, reach + length of a piece] of the pieces and what stands before them.

@@ -38,13 +38,15 @@ class Microbatch:
 def make_microbatch(
     batch: Batch,
     memory_LTBE: Tensor | None,
-    positions: NDArray[np.int64],
     *,
     separate_documents: bool,
     cut_memory_at_documents: bool,
+    positions: NDArray[np.int64] | slice = slice(None),
 ) -> Microbatch:
-    """A `Batch` of numpy arrays, of which this context rank takes `positions`, and its memory as tensors on the model's
-    device."""
+    """A `Batch` of numpy arrays and its memory as tensors on the model's device.
+
+    `positions`: those whose tokens, labels and loss this context rank computes, all by default.
+    """
 
     def to_device(array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(platform.device())

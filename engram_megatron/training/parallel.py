@@ -31,6 +31,8 @@ class Ranks:
     tensor_ranks: int
     context_rank: int
     context_ranks: int
+    pipeline_rank: int
+    pipeline_ranks: int
     host_group: dist.ProcessGroup
 
     @property
@@ -81,6 +83,9 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None
+        ),
         context_parallel_size=config.parallel.context,
         expert_model_parallel_size=config.parallel.expert,
         expert_tensor_parallel_size=1,
@@ -90,7 +95,7 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
     timeout = timedelta(seconds=config.parallel.collective_timeout_s)
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(host_group, dist.ProcessGroup)
-    return Ranks(
+    ranks = Ranks(
         rank=rank,
         world_size=world_size,
         data_rank=parallel_state.get_data_parallel_rank(),
@@ -99,8 +104,13 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
         tensor_ranks=parallel_state.get_tensor_model_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         context_ranks=parallel_state.get_context_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
         host_group=host_group,
     )
+    sequence_rank = parallel_state.get_tensor_and_context_parallel_rank()
+    assert sequence_rank == ranks.context_rank * ranks.tensor_ranks + ranks.tensor_rank, "as SequencePartition counts"
+    return ranks
 
 
 def close() -> None:

@@ -40,10 +40,3 @@ def test_size_of_a_part_that_the_model_lacks_does_not_matter(unused: tuple[str, 
     odd_experts = "model.moe.expert_ffn_size=18" if len(unused) == 1 else "model.moe.expert_ffn_size=16"
     overrides = ["model.attention.num_heads=4", "parallel.tensor=4", odd_experts, *unused]
     check_layout_is_supported(small_run_config(overrides=overrides), 4)
-
-
-@pytest.mark.parametrize("name", ["pipeline"])
-def test_dimension_that_is_not_trained_yet_is_refused(name: str) -> None:
-    overrides = [f"parallel.{name}=2", "model.num_layers=4"]
-    with pytest.raises(UsageError, match=f"parallel.{name} = 2: this version does not train with it yet"):
-        check_layout_is_supported(small_run_config(overrides=overrides), 2)
