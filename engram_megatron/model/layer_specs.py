@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
-from engram_megatron.model.core_attention import SdpaCoreAttention
+from engram_megatron.model.core_attention import CausalCoreAttention
 from engram_megatron.model.latent_attention import LatentSelfAttention
 from engram_megatron.model.pipeline_layout import chunk_memory_layers
 from engram_megatron.model.rms_norm import RMSNorm
@@ -51,14 +51,14 @@ def _layer(config: RunConfig, memory_layers: tuple[int, ...], *, is_dense: bool)
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     attention = ModuleSpec(
         module=LatentSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, "attention": config.model.attention},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
             linear_q_down_proj=column,
             linear_q_up_proj=column,
             linear_kv_down_proj=column,
             linear_kv_up_proj=column,
-            core_attention=SdpaCoreAttention,
+            core_attention=CausalCoreAttention,
             linear_proj=row,
             q_layernorm=norm,  # built only when queries are compressed
             kv_layernorm=norm,
