@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 
 from engram_megatron.config import RunConfig
 from engram_megatron.model.counts import engram_streams
-from engram_megatron.model.placement import engram_layers_on, layers_on, moe_layers_on
+from engram_megatron.model.placement import engram_layers_on, layers_on, moe_layers_on, mtp_layers_on
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def tensor_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:
     """Over the tensor ranks, all layers of a pipeline rank with embedding and head; values per token of a context
     rank's share of the sequence (all T / context positions of it, not a tensor rank's slice)."""
     model, width = config.model, config.model.hidden_size
-    mtp = model.mtp.num_layers if pipeline_rank == config.parallel.pipeline - 1 else 0
+    mtp = mtp_layers_on(config, pipeline_rank)
     layers, moe_layers = len(layers_on(config, pipeline_rank)) + mtp, moe_layers_on(config, pipeline_rank)
     paired = layers if model.moe is None or model.moe.num_shared_experts else layers - moe_layers
     block = _attention(config).with_forward_again(config.training.recompute == "full") * layers
@@ -73,9 +73,9 @@ def context_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:
     positions of which a tensor rank has the latents then."""
     attention = config.model.attention
     latents = attention.kv_lora_rank + attention.rope_head_dim
-    mtp = config.model.mtp.num_layers if pipeline_rank == config.parallel.pipeline - 1 else 0
+    layers = len(layers_on(config, pipeline_rank)) + mtp_layers_on(config, pipeline_rank)
     one = Exchange(forward_gather=latents, backward_scatter=latents)
-    return one.with_forward_again(config.training.recompute == "full") * (len(layers_on(config, pipeline_rank)) + mtp)
+    return one.with_forward_again(config.training.recompute == "full") * layers
 
 
 def halo_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:

@@ -62,12 +62,18 @@ def engram_layers_on(config: RunConfig, pipeline_rank: int) -> int:
 
 
 def moe_layers_on(config: RunConfig, pipeline_rank: int) -> int:
-    """Number of mixture-of-experts layers of pipeline rank `pipeline_rank`, with that of multi-token prediction."""
-    moe = config.model.moe
+    """Number of mixture-of-experts layers of pipeline rank `pipeline_rank`, with that of multi-token prediction, which
+    is of the kind of the model's last layer."""
+    moe, last = config.model.moe, config.model.num_layers - 1
     if moe is None:
         return 0
-    mtp = config.model.mtp.num_layers if pipeline_rank == config.parallel.pipeline - 1 else 0
-    return mtp + sum(layer >= moe.num_leading_dense_layers for layer in layers_on(config, pipeline_rank))
+    layers = layers_on(config, pipeline_rank) + [last] * mtp_layers_on(config, pipeline_rank)
+    return sum(layer >= moe.num_leading_dense_layers for layer in layers)
+
+
+def mtp_layers_on(config: RunConfig, pipeline_rank: int) -> int:
+    """Number of multi-token prediction layers of pipeline rank `pipeline_rank`."""
+    return config.model.mtp.num_layers if pipeline_rank == config.parallel.pipeline - 1 else 0
 
 
 def is_tensor_divided(spec: TensorSpec) -> bool:
