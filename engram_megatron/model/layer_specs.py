@@ -74,5 +74,6 @@ def _layer(config: RunConfig, *, is_dense: bool) -> ModuleSpec:
             mlp=feed_forward,
             mhc=config.model.mhc,
             engram=config.engram,
+            recompute=config.training.recomputed_modules,
         ),
     )

@@ -102,3 +102,29 @@ def test_activations_shrink_with_tensor_and_context_ranks() -> None:
     whole = microbatch_activation_bytes(tiny, 0)
     assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(tensor=2)), 0) == whole // 2
     assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(context=4)), 0) == whole // 4
+
+
+def _recomputed(config: RunConfig, recompute: str, *modules: str) -> int:
+    training = replace(config.training, recompute=recompute, recompute_modules=modules)  # type: ignore[arg-type]
+    return microbatch_activation_bytes(replace(config, training=training), 0)
+
+
+def test_full_recomputation_keeps_the_streams_of_every_layer_and_one_whole_layer() -> None:
+    tiny = tiny_shapes()
+    one_moe_layer = replace(tiny, engram=None, model=replace(tiny.model, num_layers=1))
+    moe = replace(one_moe_layer.model.moe, num_leading_dense_layers=0)  # type: ignore[type-var]
+    one, four = (
+        replace(one_moe_layer, model=replace(one_moe_layer.model, num_layers=layers, moe=moe)) for layers in (1, 4)
+    )
+    assert _recomputed(one, "full") == _recomputed(one, "none"), "the one layer is whole when its backward pass runs"
+    streams = 4 * 256 * 4 * 128 * 4  # sequences, tokens, streams, width, bytes
+    assert _recomputed(four, "full") - _recomputed(one, "full") == 3 * streams
+
+
+def test_every_recomputed_part_saves_something() -> None:
+    config = engram_27b()
+    none, full = _recomputed(config, "none"), _recomputed(config, "full")
+    parts = [_recomputed(config, "selective", part) for part in ("engram", "mhc", "feed_forward")]
+    together = _recomputed(config, "selective", "engram", "mhc", "feed_forward")
+    assert full < together < min(parts) <= max(parts) < none
+    assert none - together == pytest.approx(sum(none - part for part in parts), rel=1e-6)
