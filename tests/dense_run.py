@@ -30,7 +30,7 @@ def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     from megatron.core.distributed import finalize_model_grads
 
     from engram_megatron.model.backbone_config import TORCH_DTYPE
-    from engram_megatron.model.builder import build_model, wrap_data_parallel
+    from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
     from engram_megatron.model.parameter_names import global_named_parameters
     from engram_megatron.optimizer.backbone import build_backbone_optimizer
     from engram_megatron.optimizer.schedule import learning_rate_schedule
@@ -39,16 +39,17 @@ def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     assert config.engram is not None
     optimizer_config = config.optimizer
     small_groups(config, rank, world_size)
-    backbone = build_model(config)
+    backbone = build_model_chunks(config)
     roughen(backbone)
-    model = wrap_data_parallel(backbone, TORCH_DTYPE[config.training.dtype])
+    chunks = wrap_data_parallel(backbone, TORCH_DTYPE[config.training.dtype])
+    (model,) = chunks
     hasher = small_hasher(config)
     embedding = _dense_table(config, hasher.total_rows)
-    backbone_optimizer = build_backbone_optimizer([model], config)
+    backbone_optimizer = build_backbone_optimizer(chunks, config)
     betas = (optimizer_config.adam_beta1, optimizer_config.adam_beta2)
     table_optimizer = torch.optim.Adam(embedding.parameters(), lr=0.0, betas=betas, eps=optimizer_config.adam_eps)
     schedule = learning_rate_schedule(optimizer_config, config.training.num_steps)
-    initial = {name: numbers(parameter) for name, parameter in global_named_parameters(model)}
+    initial = {name: numbers(parameter) for name, parameter in global_named_parameters(chunks)}
     result: dict[str, Any] = {"initial": initial, "initial_table": numbers(embedding.weight), "steps": []}
     for step in range(num_steps):
         batch = global_batch(step, separate_documents=config.data.separate_documents)
@@ -75,7 +76,7 @@ def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
         norm = float(torch.cat([g.double().flatten() for g in gradients]).norm()) / num_tokens
         limit = optimizer_config.clip_grad_norm
         scale = (limit / (norm + 1e-6) if norm + 1e-6 > limit > 0 else 1.0) / num_tokens
-        gradient = {name: numbers(p.main_grad * scale) for name, p in global_named_parameters(model)}
+        gradient = {name: numbers(p.main_grad * scale) for name, p in global_named_parameters(chunks)}
         embedding.weight.grad *= scale
         lr = schedule.at(step)
         backbone_optimizer.step(lr, scale)
@@ -91,15 +92,17 @@ def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
                 "table_gradient": numbers(embedding.weight.grad),
             }
         )
-    result["parameters"] = {name: numbers(parameter) for name, parameter in global_named_parameters(model)}
+    result["parameters"] = {name: numbers(parameter) for name, parameter in global_named_parameters(chunks)}
     result["table"] = numbers(embedding.weight)
-    result["expert_bias"] = expert_biases(model)
+    result["expert_bias"] = expert_biases(chunks)
     return result
 
 
-def expert_biases(model: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """The balancing biases by name."""
-    return {name: numbers(buffer) for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+def expert_biases(chunks: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The balancing biases by global name."""
+    from engram_megatron.model.parameter_names import global_named_buffers
+
+    return {name: numbers(b) for name, b in global_named_buffers(chunks) if name.endswith("expert_bias")}
 
 
 def _dense_table(config: RunConfig, total_rows: int) -> Any:

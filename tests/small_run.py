@@ -91,11 +91,11 @@ def microbatches(batch: Batch, data_rank: int, data_ranks: int) -> list[Batch]:
 
 @dataclass(eq=False)
 class SmallRun:
-    """What `training.run` holds on a rank. `model` is wrapped in DDP; `memory` None: without Engram."""
+    """What `training.run` holds on a rank. `chunks` are wrapped in DDP; `memory` None: without Engram."""
 
     config: RunConfig
     ranks: Any
-    model: Any
+    chunks: Any
     optimizer: Any
     memory: Any
     trainer: Any
@@ -104,7 +104,7 @@ class SmallRun:
 def build_small_run(config: RunConfig, rank: int, world_size: int, *, rough: bool = True) -> SmallRun:
     """Inside a rank function, once per process. `rough`: see `roughen`."""
     from engram_megatron.model.backbone_config import TORCH_DTYPE
-    from engram_megatron.model.builder import build_model, wrap_data_parallel
+    from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
     from engram_megatron.optimizer.backbone import build_backbone_optimizer
     from engram_megatron.training.conditional_memory import ConditionalMemory
     from engram_megatron.training.trainer import Trainer
@@ -116,11 +116,11 @@ def build_small_run(config: RunConfig, rank: int, world_size: int, *, rough: boo
     if config.engram is not None:
         memory = ConditionalMemory(config, small_hasher(config), ranks)
         memory.initialize(config.training.seed)
-    model = build_model(config)
+    chunks = build_model_chunks(config)
     if rough:
-        roughen(model)
-    wrapped = wrap_data_parallel(model, TORCH_DTYPE[config.training.dtype])
-    optimizer = build_backbone_optimizer([wrapped], config)
+        roughen(chunks)
+    wrapped = wrap_data_parallel(chunks, TORCH_DTYPE[config.training.dtype])
+    optimizer = build_backbone_optimizer(wrapped, config)
     return SmallRun(config, ranks, wrapped, optimizer, memory, Trainer(config, ranks, wrapped, optimizer, memory))
 
 
@@ -146,7 +146,7 @@ def small_hasher(config: RunConfig) -> Any:
     return NgramHasher.from_config(config.engram, identity_projection(VOCAB), VOCAB)
 
 
-def roughen(model: Any) -> None:
+def roughen(chunks: Any) -> None:
     """Add noise to every parameter, a function of its global name.
 
     The start is a symmetric point: all streams carry the same, so the gradient of every H_res is rounding noise, which
@@ -159,7 +159,7 @@ def roughen(model: Any) -> None:
     from engram_megatron.model.tensor_shard import global_shape, take_shard
 
     with torch.no_grad():
-        for name, parameter in global_named_parameters(model):
+        for name, parameter in global_named_parameters(chunks):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             scale = 0.5 if "mhc_" in name else 0.1
             noise = torch.randn(global_shape(parameter), generator=generator, dtype=torch.float64) * scale

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 
 from engram_megatron import platform
 from engram_megatron.errors import UsageError
+from engram_megatron.model.parameter_names import unwrapped
 from engram_megatron.optimizer.backbone import BackboneOptimizer
 
 _OPTIMIZER_PREFIX = "optimizer."
@@ -108,7 +109,7 @@ def _sharded_state(model_chunks: Sequence[nn.Module], optimizer: BackboneOptimiz
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model = {
-        f"chunk{number}": _unwrapped(chunk).sharded_state_dict(metadata=metadata)
+        f"chunk{number}": unwrapped(chunk).sharded_state_dict(metadata=metadata)
         for number, chunk in enumerate(model_chunks)
     }
     state: dict[str, Any] = {"model": model}
@@ -119,13 +120,7 @@ def _sharded_state(model_chunks: Sequence[nn.Module], optimizer: BackboneOptimiz
 
 def _load_weights(model_chunks: Sequence[nn.Module], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(model_chunks):
-        _unwrapped(chunk).load_state_dict(loaded[f"chunk{number}"])
-
-
-def _unwrapped(chunk: nn.Module) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module  # type: ignore[assignment]
-    return chunk
+        unwrapped(chunk).load_state_dict(loaded[f"chunk{number}"])
 
 
 def _check(folder: Path, state: dict[str, Any], *, ignored_prefix: str | None) -> None:

@@ -6,6 +6,7 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from engram_megatron.config import RunConfig, TrainingConfig
+from engram_megatron.model.pipeline_layout import pipeline_layout
 from engram_megatron.platform import has_grad_accumulation_fusion
 
 TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -41,7 +42,6 @@ def backbone_config(config: RunConfig) -> MLATransformerConfig:
         mscale=attention.yarn_mscale if yarn else 1.0,
         mscale_all_dim=attention.yarn_mscale_all_dim if yarn else 0.0,
         tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=1,
@@ -65,6 +65,7 @@ def backbone_config(config: RunConfig) -> MLATransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         calculate_per_token_loss=True,
+        **_pipeline(config),
         **_moe(config),
         **_recompute(config.training),
     )
@@ -77,6 +78,22 @@ def _recompute(training: TrainingConfig) -> dict[str, object]:
     if "core_attention" in training.recomputed_modules:
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
+
+
+def _pipeline(config: RunConfig) -> dict[str, object]:
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return {"pipeline_model_parallel_size": 1}
+    layout = pipeline_layout(config)
+    interleaved = layout.chunks_per_rank > 1
+    return {
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.chunks_per_rank if interleaved else None,
+        "pipeline_model_parallel_layout": layout.as_lists(),
+        # The interleaved schedule of megatron-core 0.19.2 trains silently wrong with batched sends and receives.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
 
 
 def _moe(config: RunConfig) -> dict[str, object]:

@@ -6,10 +6,12 @@ Engine; this file is the only one that knows which of them carries the backbone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from engram_megatron import platform
@@ -17,10 +19,11 @@ from engram_megatron.config import RunConfig
 from engram_megatron.model.backbone_config import backbone_config
 from engram_megatron.model.initialization import initialize_weights
 from engram_megatron.model.layer_specs import block_submodules
+from engram_megatron.model.pipeline_layout import pipeline_layout
 
 
 class EngramModel(GPTModel):
-    """GPTModel that takes token ids, document ids and memory, and returns logits."""
+    """One chunk of the model: GPTModel that takes token ids, document ids and memory, and returns logits."""
 
     def forward(  # type: ignore[override]
         self,
@@ -29,12 +32,12 @@ class EngramModel(GPTModel):
         memory_LTBE: Tensor | None,
         memory_document_ids_BT: Tensor | None,
     ) -> Tensor:
-        """Logits [B, T, V / tensor] on the last pipeline stage, hidden states [T / tensor, B, M*C] on the others.
+        """Logits [B, T, V / tensor] of the model's last chunk, hidden states [T / tensor, B, M*C] of the others.
 
         Args:
             tokens_BT: int64 ids.
             document_ids_BT: int32, equal numbers are one document, attention stays inside; None: one document.
-            memory_LTBE: rows of every Engram layer of the model, heads side by side, of this tensor rank's T / tensor
+            memory_LTBE: rows of every Engram layer of this chunk, heads side by side, of this tensor rank's T / tensor
                 consecutive positions; None without Engram.
             memory_document_ids_BT: where the convolution restarts; None: it runs across documents.
         """
@@ -47,35 +50,41 @@ class EngramModel(GPTModel):
         return output
 
 
-def build_model(config: RunConfig, *, initialize: bool = True) -> EngramModel:
-    """This pipeline stage's model, initialised unless told otherwise (or under the meta device).
+def build_model_chunks(config: RunConfig, *, initialize: bool = True) -> list[EngramModel]:
+    """The chunks of this pipeline rank, one unless `virtual_pipeline` > 1, in the order in which a microbatch visits
+    them; initialised unless told otherwise (or under the meta device).
 
     megatron-core's parallel state must be initialised.
     """
-    megatron = backbone_config(config)
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    per_stage = config.model.num_layers // config.parallel.pipeline
-    first = get_transformer_layer_offset(megatron, None, stage) + 1
-    model = EngramModel(
+    megatron = backbone_config(config)  # one object for all chunks: the schedule reads the first one's
+    chunks = [_chunk(config, megatron, number) for number in range(config.parallel.virtual_pipeline)]
+    if any(parameter.is_meta for chunk in chunks for parameter in chunk.parameters()):
+        return chunks
+    for chunk in chunks:
+        chunk.to(platform.device())  # megatron-core's router is made on the CPU and expects its user to move it
+    if initialize:
+        initialize_weights(chunks, seed=config.training.seed, std=config.model.init_std)
+    return chunks
+
+
+def _chunk(config: RunConfig, megatron: Any, number: int) -> EngramModel:
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    last = config.parallel.virtual_pipeline - 1
+    return EngramModel(
         config=megatron,
-        transformer_layer_spec=block_submodules(config, first, per_stage),
+        transformer_layer_spec=block_submodules(config, pipeline_layout(config).layers(pipeline_rank, number)),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.data.sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=number == 0 and pipeline_rank == 0,
+        post_process=number == last and pipeline_rank == config.parallel.pipeline - 1,
         position_embedding_type="none",
         share_embeddings_and_output_weights=False,
         parallel_output=True,
+        vp_stage=number if last > 0 else None,
     )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return model
-    model.to(platform.device())  # megatron-core's router is made on the CPU and expects its user to move it
-    if initialize:
-        initialize_weights(model, seed=config.training.seed, std=config.model.init_std)
-    return model
 
 
-def wrap_data_parallel(model: EngramModel, dtype: torch.dtype) -> nn.Module:
+def wrap_data_parallel(chunks: Sequence[EngramModel], dtype: torch.dtype) -> list[nn.Module]:
     """megatron-core's DistributedDataParallel: gradients summed (not averaged) over replicas, in float32 at least.
 
     Sums, because the loss is divided by the global number of tokens, which is known only after the step.
@@ -88,6 +97,7 @@ def wrap_data_parallel(model: EngramModel, dtype: torch.dtype) -> nn.Module:
         use_distributed_optimizer=False,
         check_for_nan_in_grad=False,
     )
-    wrapped: nn.Module = DistributedDataParallel(model.config, ddp, model)
-    wrapped.broadcast_params()  # type: ignore[operator]
+    wrapped: list[nn.Module] = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    for chunk in wrapped:
+        chunk.broadcast_params()  # type: ignore[operator]
     return wrapped

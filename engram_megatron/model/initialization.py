@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ _ZEROS = ("short_conv.weight", ".bias")  # a zero convolution: Engram starts as 
 
 
 @torch.no_grad()
-def initialize_weights(model: nn.Module, *, seed: int, std: float) -> None:
+def initialize_weights(chunks: Sequence[nn.Module], *, seed: int, std: float) -> None:
     """Fill every parameter: norms 1, short convolution and biases 0, hyper-connections by their own rule, all other
     matrices from N(0, std^2).
 
@@ -24,8 +25,8 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float) -> None:
     same values wherever it lives and whatever else the model holds. A tensor that is divided over tensor-parallel ranks
     is drawn whole, one at a time, and each rank keeps its part.
     """
-    mhc_parameters = _reset_hyper_connections(model, seed)
-    for name, parameter in global_named_parameters(model):
+    mhc_parameters = _reset_hyper_connections(chunks, seed)
+    for name, parameter in global_named_parameters(chunks):
         if name in mhc_parameters:
             continue
         if name.endswith(_ONES):
@@ -40,10 +41,10 @@ def initialize_weights(model: nn.Module, *, seed: int, std: float) -> None:
             parameter.copy_(take_shard(name, parameter, whole))
 
 
-def _reset_hyper_connections(model: nn.Module, seed: int) -> set[str]:
-    names = {id(parameter): name for name, parameter in global_named_parameters(model)}
+def _reset_hyper_connections(chunks: Sequence[nn.Module], seed: int) -> set[str]:
+    names = {id(parameter): name for name, parameter in global_named_parameters(chunks)}
     done: set[str] = set()
-    for module in model.modules():
+    for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, HyperConnection):
             name = names[id(module.mapping.weight)]
             module.reset_parameters(_generator(seed, name, module.mapping.weight.device))

@@ -17,16 +17,18 @@ from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.model.core_attention import SdpaCoreAttention
 from engram_megatron.model.latent_attention import LatentSelfAttention
+from engram_megatron.model.pipeline_layout import chunk_memory_layers
 from engram_megatron.model.rms_norm import RMSNorm
 from engram_megatron.model.transformer_layer import EngramSubmodules, EngramTransformerLayer
 
 
-def block_submodules(config: RunConfig, first_layer: int, num_layers: int) -> TransformerBlockSubmodules:
-    """The layers `first_layer` (1-based) to `first_layer + num_layers - 1` of the model."""
+def block_submodules(config: RunConfig, layers: range) -> TransformerBlockSubmodules:
+    """The decoder layers `layers`, counted from 0, of one chunk of the model."""
     moe = config.model.moe
     num_dense = config.model.num_layers if moe is None else moe.num_leading_dense_layers
-    layers = [_layer(config, is_dense=number <= num_dense) for number in range(first_layer, first_layer + num_layers)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm())
+    memory_layers = chunk_memory_layers(config, layers)
+    specs = [_layer(config, memory_layers, is_dense=layer < num_dense) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm())
 
 
 def _backend() -> Any:
@@ -42,7 +44,7 @@ def _norm() -> Any:
     return _backend().layer_norm(rms_norm=True) if platform.has_transformer_engine() else RMSNorm
 
 
-def _layer(config: RunConfig, *, is_dense: bool) -> ModuleSpec:
+def _layer(config: RunConfig, memory_layers: tuple[int, ...], *, is_dense: bool) -> ModuleSpec:
     backend, norm = _backend(), _norm()
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     attention = ModuleSpec(
@@ -74,6 +76,7 @@ def _layer(config: RunConfig, *, is_dense: bool) -> ModuleSpec:
             mlp=feed_forward,
             mhc=config.model.mhc,
             engram=config.engram,
+            memory_layers=memory_layers,
             recompute=config.training.recomputed_modules,
         ),
     )

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\.)")
 _EXPERT = re.compile(r"(local_experts\.)(\d+)(\.)")
 
 
-def global_named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield (global name, parameter) of a GPTModel, wrapped or not.
+def global_named_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (global name, parameter) of the model chunks of this rank, GPTModels wrapped or not.
 
     Layers are counted from the model's first, experts over all expert-parallel ranks; wrappers' `module.` is removed.
     """
-    while hasattr(module, "module"):
-        module = module.module  # type: ignore[assignment]
-    first_layer = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0  # type: ignore
+    for chunk in map(unwrapped, chunks):
+        yield from _renamed(chunk, chunk.named_parameters())
+
+
+def global_named_buffers(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (global name, buffer), named as the parameters are."""
+    for chunk in map(unwrapped, chunks):
+        yield from _renamed(chunk, chunk.named_buffers())
+
+
+def unwrapped(chunk: nn.Module) -> Any:
+    """The GPTModel inside the wrappers that keep what they wrap in `module`."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def _renamed(chunk: Any, named: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    first_layer = chunk.decoder.layers[0].layer_number - 1
     expert_rank = parallel_state.get_expert_model_parallel_rank()
-    for name, parameter in module.named_parameters():
-        yield _global_name(name, first_layer, expert_rank, _experts_per_rank(module)), parameter
+    for name, tensor in named:
+        yield _global_name(name, first_layer, expert_rank, _experts_per_rank(chunk)), tensor
 
 
 def _experts_per_rank(module: nn.Module) -> int:

@@ -68,6 +68,13 @@ def pipeline_layout(config: RunConfig) -> PipelineLayout:
     return _parsed(config)
 
 
+def chunk_memory_layers(config: RunConfig, layers: range) -> tuple[int, ...]:
+    """Numbers (1-based, as in the config) of the Engram layers among `layers` (counted from 0)."""
+    if config.engram is None:
+        return ()
+    return tuple(number for number in config.engram.layer_numbers if number - 1 in layers)
+
+
 def _even(config: RunConfig) -> PipelineLayout:
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     share, rest = divmod(config.model.num_layers, chunks)

@@ -13,7 +13,7 @@ Under sequence parallelism (wherever tensor > 1) a rank holds T / tensor consecu
 memory; document ids are always those of the whole sequence, which attention sees. All that stands here works on single
 positions; attention, feed-forward and the convolution fetch what they need of others.
 
-Shape legend: L Engram layers of the model, E memory width, others as in `hyper_connection`; T is this rank's share of
+Shape legend: L Engram layers of this chunk, E memory width, others as in `hyper_connection`; T is this rank's share of
 the sequence, except in document ids.
 """
 
@@ -52,6 +52,7 @@ class EngramSubmodules(TransformerLayerSubmodules):
 
     mhc: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     engram: EngramConfig | None = None
+    memory_layers: tuple[int, ...] = ()  # numbers of this chunk's Engram layers, in the order of `context`
     recompute: frozenset[str] = frozenset()  # of `training.recompute_modules`; core attention is megatron-core's part
 
 
@@ -62,8 +63,8 @@ class EngramTransformerLayer(TransformerLayer):
         super().__init__(config, submodules, layer_number, **kwargs)
         self.num_streams = submodules.mhc.num_streams
         engram = submodules.engram
-        has_memory = engram is not None and self.layer_number in engram.layer_numbers
-        self.memory_index = engram.layer_numbers.index(self.layer_number) if engram and has_memory else None
+        has_memory = self.layer_number in submodules.memory_layers
+        self.memory_index = submodules.memory_layers.index(self.layer_number) if has_memory else None
         self.multi_branch = engram is not None and engram.multi_branch and self.num_streams > 1
         self.cut_at_documents = engram is not None and engram.cut_at_documents
         if engram is not None and has_memory:
@@ -89,7 +90,7 @@ class EngramTransformerLayer(TransformerLayer):
         Args:
             hidden_states: [T, B, C] at the model's first block, else [T, B, M*C].
             attention_mask: document ids int32 [B, T] for attention, or None.
-            context: memory of all Engram layers [L, T, B, E], or None.
+            context: memory of the chunk's Engram layers [L, T, B, E], or None.
             context_mask: document ids int32 [B, T] for windows and convolution, or None.
 
         Returns:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Checkpointer:
     folder: RunFolder
     config: RunConfig
     ranks: Ranks
-    model: nn.Module
+    chunks: Sequence[nn.Module]
     optimizer: BackboneOptimizer
     memory: ConditionalMemory | None
     corpus: Corpus
@@ -78,7 +79,7 @@ class Checkpointer:
             if self.memory is not None:
                 tables.create(path / TABLES, self.memory.shard)
         self._barrier()
-        save_backbone(path / BACKBONE, [self.model], self.optimizer)
+        save_backbone(path / BACKBONE, self.chunks, self.optimizer)
         if self.memory is not None:
             tables.write_shard(path / TABLES, self.memory.shard)
         os.sync()  # what COMPLETE vouches for must be on disk before it is
@@ -96,13 +97,13 @@ class Checkpointer:
             UsageError: a tensor or chunk is missing, damaged or of another shape.
         """
         state = TrainState.read(path)
-        load_backbone(path / BACKBONE, [self.model], self.optimizer)
+        load_backbone(path / BACKBONE, self.chunks, self.optimizer)
         self._load_tables(path, weights_only=False)
         return state
 
     def load_weights(self, path: Path) -> None:
         """Take weights and table rows of `path`; the optimizer, the step and the data start anew."""
-        load_backbone_weights(path / BACKBONE, [self.model], self.optimizer)
+        load_backbone_weights(path / BACKBONE, self.chunks, self.optimizer)
         self._load_tables(path, weights_only=True)
 
     def _load_tables(self, path: Path, *, weights_only: bool) -> None:

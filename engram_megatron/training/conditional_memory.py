@@ -1,7 +1,8 @@
 """The memory of a run: from token ids to rows in the model, and from gradients to updated rows.
 
-Shape legend: B sequences, T positions, S = T / tensor positions of this tensor rank's share, L Engram layers, H heads
-of a layer, D row_dim, E = H * D memory width.
+Shape legend: N microbatches, B sequences, T positions, S = T / tensor positions of this tensor rank's share, L Engram
+layers of this pipeline rank's chunks (all but those of the docstrings that say "of the chunk"), H heads of a layer, D
+row_dim, E = H * D memory width.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from engram_megatron.gather.lookup import PendingRows, RowLookup, UniqueRows
 from engram_megatron.gather.transport import all_ranks_transport
 from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.model.backbone_config import TORCH_DTYPE
+from engram_megatron.model.pipeline_layout import chunk_memory_layers, pipeline_layout
 from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.row_layout import RowLayout
@@ -37,6 +39,7 @@ class ConditionalMemory:
         """
         assert config.engram is not None
         self.engram = config.engram
+        self.chunks = _chunk_layers(config, ranks.pipeline_rank)
         self.dtype = TORCH_DTYPE[config.training.dtype]
         self.hasher = hasher
         self.ranks = ranks
@@ -57,21 +60,27 @@ class ConditionalMemory:
         """Hash the microbatches of a step and begin to fetch their distinct rows. Collective over all ranks.
 
         Tensor ranks hash whole sequences, because windows cross the borders of their shares, and ask for the rows of
-        their own positions only: each position is asked for, and returns its gradient, once.
+        their own positions only: each position is asked for, and returns its gradient, once. Pipeline ranks ask for the
+        layers that stand on them; one without any takes part as an owner of rows.
         """
         return self.lookup.start(np.stack([self._row_ids(batch) for batch in batches]))
 
     def _row_ids(self, batch: Batch) -> NDArray[np.int64]:
         """Row ids int64 [L, B, S, H]."""
         rows_LBTH = self.hasher.rows(batch.tokens, batch.document_ids if self.engram.cut_at_documents else None)
+        rows_LBTH = rows_LBTH[[layer for layers in self.chunks for layer in layers]]
         share, rest = divmod(rows_LBTH.shape[2], self.ranks.tensor_ranks)
         assert rest == 0, (rows_LBTH.shape, self.ranks.tensor_ranks)
         first = self.ranks.tensor_rank * share
         return rows_LBTH[:, :, first : first + share]
 
-    def of_microbatch(self, rows: UniqueRows, index: int) -> torch.Tensor:
-        """Memory [L, S, B, E] of microbatch `index`, in the model's dtype, differentiable back to the rows."""
-        memory_LBSHD = rows.expand(index)
+    def of_microbatch(self, rows: UniqueRows, index: int, chunk: int = 0) -> torch.Tensor | None:
+        """Memory [L of the chunk, S, B, E] of microbatch `index`, in the model's dtype, differentiable back to the
+        rows; None for a chunk without Engram layers."""
+        if not self.chunks[chunk]:
+            return None
+        first = sum(len(layers) for layers in self.chunks[:chunk])
+        memory_LBSHD = rows.expand((index, slice(first, first + len(self.chunks[chunk]))))
         return memory_LBSHD.transpose(1, 2).flatten(-2).to(self.dtype)
 
     def return_gradients(self, rows: UniqueRows) -> RowGradients:
@@ -85,3 +94,13 @@ class ConditionalMemory:
     def step(self, gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
         """Dense Adam over this rank's rows at the tables' multiple of `learning_rate`, without weight decay."""
         self.adam.step(gradients, learning_rate * self.learning_rate_multiplier, gradient_scale)
+
+
+def _chunk_layers(config: RunConfig, pipeline_rank: int) -> list[list[int]]:
+    """For each chunk of a pipeline rank, which of the model's Engram layers (counted from 0) stand in it."""
+    assert config.engram is not None
+    layout, numbers = pipeline_layout(config), config.engram.layer_numbers
+    return [
+        [numbers.index(number) for number in chunk_memory_layers(config, layout.layers(pipeline_rank, chunk))]
+        for chunk in range(layout.chunks_per_rank)
+    ]

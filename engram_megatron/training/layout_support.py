@@ -13,8 +13,6 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     config.validate_layout(world_size)
     parallel = config.parallel
     not_yet = {
-        f"parallel.pipeline = {parallel.pipeline}": parallel.pipeline != 1,
-        f"parallel.virtual_pipeline = {parallel.virtual_pipeline}": parallel.virtual_pipeline != 1,
         f"parallel.context = {parallel.context}": parallel.context != 1,
         "parallel.distributed_optimizer = true": parallel.distributed_optimizer,
         f"model.mtp.num_layers = {config.model.mtp.num_layers}": config.model.mtp.num_layers != 0,

@@ -26,6 +26,8 @@ class Ranks:
     data_ranks: int
     tensor_rank: int
     tensor_ranks: int
+    pipeline_rank: int
+    pipeline_ranks: int
     host_group: dist.ProcessGroup
 
     @property
@@ -64,6 +66,9 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None
+        ),
         context_parallel_size=config.parallel.context,
         expert_model_parallel_size=config.parallel.expert,
         expert_tensor_parallel_size=1,
@@ -80,6 +85,8 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
         data_ranks=parallel_state.get_data_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_ranks=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
         host_group=host_group,
     )
 

@@ -18,7 +18,7 @@ from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
 from engram_megatron.model.backbone_config import TORCH_DTYPE
-from engram_megatron.model.builder import build_model, wrap_data_parallel
+from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
 from engram_megatron.optimizer.backbone import build_backbone_optimizer
 from engram_megatron.overrides import to_dict
 from engram_megatron.training import parallel
@@ -95,9 +95,9 @@ def _build(config: RunConfig, ranks: Ranks, inputs: Inputs) -> _Run:
     memory = None
     if inputs.hasher is not None:
         memory = ConditionalMemory(config, inputs.hasher, ranks, shards_on_host=_ranks_on_this_host(ranks))
-    model = wrap_data_parallel(build_model(config), TORCH_DTYPE[config.training.dtype])
-    optimizer = build_backbone_optimizer([model], config)
-    checkpointer = Checkpointer(folder, config, ranks, model, optimizer, memory, inputs.train)
+    chunks = wrap_data_parallel(build_model_chunks(config), TORCH_DTYPE[config.training.dtype])
+    optimizer = build_backbone_optimizer(chunks, config)
+    checkpointer = Checkpointer(folder, config, ranks, chunks, optimizer, memory, inputs.train)
     step, tokens_seen = _restore(config, checkpointer, inputs)
     log = None
     if ranks.is_first:
@@ -108,7 +108,7 @@ def _build(config: RunConfig, ranks: Ranks, inputs: Inputs) -> _Run:
         config=config,
         ranks=ranks,
         folder=folder,
-        trainer=Trainer(config, ranks, model, optimizer, memory),
+        trainer=Trainer(config, ranks, chunks, optimizer, memory),
         checkpointer=checkpointer,
         train=_stream(config, inputs.train, ranks),
         validation=_stream(config, inputs.validation, ranks),

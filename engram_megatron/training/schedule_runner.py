@@ -1,17 +1,21 @@
-"""Forward and backward of all microbatches of a step through megatron-core's schedule."""
+"""Forward and backward of all microbatches of a step through megatron-core's schedule: one after another, 1F1B over
+pipeline stages, or interleaved 1F1B over chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from engram_megatron.config import RunConfig
 from engram_megatron.training.forward_step import Microbatch, forward_step
+from engram_megatron.training.pipeline_communication import StreamCommunicator
 
 
 class ScheduleRunner:
@@ -21,46 +25,62 @@ class ScheduleRunner:
     trainer folds the division into the clip coefficient instead.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        self.model = model
+    def __init__(self, chunks: Sequence[nn.Module], config: RunConfig) -> None:
+        """`chunks`: those of this rank, wrapped in DDP, sharing one megatron-core config."""
+        self.chunks = list(chunks)
         self.config = config
         self.expert_tokens: dict[int, Tensor] = {}  # layer number to tokens per expert of this rank's last step
-        model.config.finalize_model_grads_func = self._finalize  # type: ignore[union-attr]
+        megatron: Any = self.chunks[0].config
+        megatron.finalize_model_grads_func = self._finalize
         self._run = get_forward_backward_func()
+        self._groups: dict[str, Any] = {}
+        if config.parallel.pipeline > 1:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            communicator = StreamCommunicator(group, megatron, config.model.mhc.num_streams)
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            self._groups = {"p2p_communicator": communicator, "pg_collection": groups}
 
-    def train(self, microbatches: Iterator[Microbatch], count: int) -> tuple[float, int]:
-        """Forward and backward of `count` microbatches; returns this rank's (sum of losses in nats, tokens)."""
+    def train(self, microbatches: Sequence[Iterator[Microbatch]], count: int) -> tuple[float, int]:
+        """Forward and backward of `count` microbatches, given once for each chunk.
+
+        Returns this rank's (sum of losses in nats, tokens): zeros except on the last pipeline stage.
+        """
         return self._sums(self._schedule(microbatches, count, forward_only=False))
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Iterator[Microbatch], count: int) -> tuple[float, int]:
+    def evaluate(self, microbatches: Sequence[Iterator[Microbatch]], count: int) -> tuple[float, int]:
         """Forward only; the router's balancing statistics are untouched."""
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
         sums = self._sums(self._schedule(microbatches, count, forward_only=True))
-        self.model.train()
+        for chunk in self.chunks:
+            chunk.train()
         return sums
 
     def _schedule(
-        self, microbatches: Iterator[Microbatch], count: int, *, forward_only: bool
+        self, microbatches: Sequence[Iterator[Microbatch]], count: int, *, forward_only: bool
     ) -> list[dict[str, Tensor]]:
+        assert len(microbatches) == len(self.chunks)
         result: Any = self._run(
             forward_step_func=forward_step,
-            data_iterator=microbatches,
-            model=[self.model],
+            data_iterator=list(microbatches),
+            model=self.chunks,
             num_microbatches=count,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=forward_only,
+            **self._groups,
         )
         return list(result)
 
-    def _finalize(self, model: list[nn.Module], _num_tokens: Tensor | None, **kwargs: Any) -> None:
+    def _finalize(self, chunks: list[nn.Module], _num_tokens: Tensor | None, **kwargs: Any) -> None:
         self.expert_tokens = {
             module.layer_number: module.local_tokens_per_expert.clone()  # type: ignore[union-attr, operator, misc]
-            for module in self.model.modules()
+            for chunk in self.chunks
+            for module in chunk.modules()
             if hasattr(module, "local_tokens_per_expert")
         }
-        finalize_model_grads(model, None, **kwargs)
+        finalize_model_grads(chunks, None, **kwargs)
 
     @staticmethod
     def _sums(losses: list[dict[str, Tensor]]) -> tuple[float, int]:

@@ -1,13 +1,19 @@
-"""The numbers of one step, gathered from all ranks under their TensorBoard tags."""
+"""The numbers of one step, gathered from all ranks under their TensorBoard tags.
+
+Layers stand on different pipeline ranks: each rank fills in what it knows of the whole model, zeros elsewhere, and the
+sum over ranks is everybody's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from engram_megatron.config import RunConfig
 from engram_megatron.gather.statistics import GatherStatistics
+from engram_megatron.model.parameter_names import unwrapped
 from engram_megatron.training.parallel import Ranks, sum_over_ranks
 
 
@@ -21,37 +27,64 @@ def gather_metrics(statistics: GatherStatistics, wait_s: float, ranks: Ranks) ->
     return values
 
 
-def layer_metrics(model: nn.Module) -> dict[str, float]:
-    """Panels `engram/` and `mhc/` of this rank's last microbatch: gate mean per layer and stream, streams' cosine."""
-    values: dict[str, float] = {}
-    for layer in _layers(model):
+def layer_metrics(config: RunConfig, chunks: Sequence[nn.Module], ranks: Ranks) -> dict[str, float]:
+    """Panels `engram/` and `mhc/`: gate mean per layer and stream, and the streams' cosine per layer, of the last
+    microbatch, averaged over the ranks that hold the layer. Collective."""
+    local: dict[str, float] = {}
+    for layer in (layer for chunk in chunks for layer in unwrapped(chunk).decoder.layers):
         gate: Any = getattr(getattr(layer, "engram", None), "last_gate_mean", None)
         if gate is not None:
-            for stream, mean in enumerate(gate.tolist()):
-                values[f"engram/gate_mean/layer_{layer.layer_number}/stream_{stream}"] = mean
+            local |= {_gate_tag(layer.layer_number, stream): mean for stream, mean in enumerate(gate.tolist())}
         if layer.last_stream_cosine is not None:
-            values[f"mhc/stream_cosine/layer_{layer.layer_number}"] = float(layer.last_stream_cosine)
-    return values
+            local[_cosine_tag(layer.layer_number)] = float(layer.last_stream_cosine)
+    return _mean_over_holders(_layer_tags(config), local, ranks)
 
 
-def expert_metrics(expert_tokens: Mapping[int, Any], ranks: Ranks) -> dict[str, float]:
-    """Panel `moe/`: load of the busiest and the idlest expert as multiples of the mean, per layer. Collective."""
-    if not expert_tokens:
+def expert_metrics(config: RunConfig, expert_tokens: Mapping[int, Any], ranks: Ranks) -> dict[str, float]:
+    """Panel `moe/`: load of the busiest and the idlest expert as multiples of the mean, per layer. Collective.
+
+    `expert_tokens`: for the layer numbers of this rank, the tokens that it sent to each expert of the model.
+    """
+    moe = config.model.moe
+    if moe is None:
         return {}
-    layers = sorted(expert_tokens)
-    flat = [float(count) for layer in layers for count in expert_tokens[layer].tolist()]
+    layers = range(moe.num_leading_dense_layers + 1, config.model.num_layers + 1)
+    nothing = [0.0] * moe.num_experts
+    flat = [float(n) for layer in layers for n in (expert_tokens[layer] if layer in expert_tokens else nothing)]
     totals = sum_over_ranks(flat, ranks)
     values: dict[str, float] = {}
-    per_layer = len(totals) // len(layers)
     for index, layer in enumerate(layers):
-        load = totals[index * per_layer : (index + 1) * per_layer]
-        mean = max(sum(load) / per_layer, 1e-9)
+        load = totals[index * moe.num_experts : (index + 1) * moe.num_experts]
+        mean = max(sum(load) / moe.num_experts, 1e-9)
         values[f"moe/max_load/layer_{layer}"] = max(load) / mean
         values[f"moe/min_load/layer_{layer}"] = min(load) / mean
     return values
 
 
-def _layers(model: nn.Module) -> Any:
-    while hasattr(model, "module"):
-        model = model.module  # type: ignore[assignment]
-    return model.decoder.layers  # type: ignore[union-attr]
+def _mean_over_holders(tags: Sequence[str], local: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
+    """Means over the ranks that have a value; tags that no rank has are left out. All ranks give the same `tags`."""
+    assert set(local) <= set(tags), set(local) - set(tags)
+    totals = sum_over_ranks(
+        [*(local.get(tag, 0.0) for tag in tags), *(float(tag in local) for tag in tags)],
+        ranks,
+    )
+    sums, holders = totals[: len(tags)], totals[len(tags) :]
+    return {tag: total / count for tag, total, count in zip(tags, sums, holders, strict=True) if count}
+
+
+def _layer_tags(config: RunConfig) -> list[str]:
+    streams = config.model.mhc.num_streams
+    gates = [
+        _gate_tag(number, stream)
+        for number in (config.engram.layer_numbers if config.engram is not None else ())
+        for stream in range(streams)
+    ]
+    return gates + [_cosine_tag(number) for number in range(1, config.model.num_layers + 1)]
+
+
+def _gate_tag(layer_number: int, stream: int) -> str:
+    return f"engram/gate_mean/layer_{layer_number}/stream_{stream}"
+
+
+def _cosine_tag(layer_number: int) -> str:
+    return f"mhc/stream_cosine/layer_{layer_number}"

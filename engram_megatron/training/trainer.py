@@ -61,16 +61,16 @@ class Trainer:
         self,
         config: RunConfig,
         ranks: Ranks,
-        model: nn.Module,
+        chunks: Sequence[nn.Module],
         optimizer: BackboneOptimizer,
         memory: ConditionalMemory | None,
     ) -> None:
         self.config = config
         self.ranks = ranks
-        self.model = model
+        self.chunks = list(chunks)
         self.optimizer = optimizer
         self.memory = memory
-        self.runner = ScheduleRunner(model, config)
+        self.runner = ScheduleRunner(chunks, config)
         self.schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
         self.flops_per_token = token_flops(config).forward_backward
 
@@ -135,19 +135,24 @@ class Trainer:
         if self.memory is not None and result.gather is not None:
             values["train/table_learning_rate"] = result.learning_rate * self.memory.learning_rate_multiplier
             values |= gather_metrics(result.gather, result.gather_wait_s, self.ranks)
-        return values | layer_metrics(self.model) | expert_metrics(self.runner.expert_tokens, self.ranks)
+        return values | self._model_metrics()
 
-    def _prepare(self, batches: Sequence[Batch]) -> tuple[Iterator[Microbatch], UniqueRows | None]:
-        """Fetch the rows of all microbatches, and expand those of one microbatch only when its turn comes."""
+    def _model_metrics(self) -> dict[str, float]:
+        return layer_metrics(self.config, self.chunks, self.ranks) | expert_metrics(
+            self.config, self.runner.expert_tokens, self.ranks
+        )
+
+    def _prepare(self, batches: Sequence[Batch]) -> tuple[list[Iterator[Microbatch]], UniqueRows | None]:
+        """Fetch the rows of all microbatches, and expand those of a microbatch only when a chunk's turn comes."""
         rows = None if self.memory is None else self.memory.start(batches).wait()
-        return self._microbatches(batches, rows), rows
+        return [self._microbatches(batches, rows, chunk) for chunk in range(len(self.chunks))], rows
 
-    def _microbatches(self, batches: Sequence[Batch], rows: UniqueRows | None) -> Iterator[Microbatch]:
+    def _microbatches(self, batches: Sequence[Batch], rows: UniqueRows | None, chunk: int) -> Iterator[Microbatch]:
         engram = self.config.engram
         for index, batch in enumerate(batches):
             memory_LTBE = None
             if self.memory is not None and rows is not None:
-                memory_LTBE = self.memory.of_microbatch(rows, index)
+                memory_LTBE = self.memory.of_microbatch(rows, index, chunk)
             yield make_microbatch(
                 batch,
                 memory_LTBE,

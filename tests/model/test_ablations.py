@@ -80,7 +80,7 @@ def _logits(rank: int, world_size: int) -> dict[str, np.ndarray[Any, Any]]:
             memory_LTBE = run.memory.of_microbatch(run.memory.start(batches).wait(), 0)
         m = make_microbatch(batches[0], memory_LTBE, separate_documents=True, cut_memory_at_documents=True)
         with torch.no_grad():
-            out = run.model(m.tokens_BT, m.document_ids_BT, m.memory_LTBE, m.memory_document_ids_BT)
+            out = run.chunks[0](m.tokens_BT, m.document_ids_BT, m.memory_LTBE, m.memory_document_ids_BT)
         assert out.shape[1] == LENGTH
         logits[name] = numbers(out)
     return logits

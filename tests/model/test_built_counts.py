@@ -44,17 +44,18 @@ def _built(rank: int, world_size: int) -> dict[str, tuple[dict[str, tuple[int, .
     import torch
     from small_run import small_groups
 
-    from engram_megatron.model.builder import build_model
-    from engram_megatron.model.parameter_names import global_named_parameters
+    from engram_megatron.model.builder import build_model_chunks
+    from engram_megatron.model.parameter_names import global_named_buffers, global_named_parameters
 
     shapes: dict[str, Any] = {}
     small_groups(_configs()["dense"], rank, world_size)
     for name, config in _configs().items():
         with torch.device("meta"):
-            model = build_model(config)
-        assert all(parameter.is_meta for parameter in model.parameters()), name
-        biases = {n: tuple(buffer.shape) for n, buffer in model.named_buffers() if n.endswith("expert_bias")}
-        shapes[name] = ({n: tuple(p.shape) for n, p in global_named_parameters(model)}, biases)
+            chunks = build_model_chunks(config)
+        parameters = dict(global_named_parameters(chunks))
+        assert all(parameter.is_meta for parameter in parameters.values()), name
+        biases = {n: tuple(b.shape) for n, b in global_named_buffers(chunks) if n.endswith("expert_bias")}
+        shapes[name] = ({n: tuple(p.shape) for n, p in parameters.items()}, biases)
     return shapes
 
 

@@ -25,7 +25,7 @@ def _token_losses(rank: int, world_size: int) -> dict[tuple[str, str], np.ndarra
     from engram_megatron.training.forward_step import make_microbatch
 
     run = build_small_run(small_run_config(), rank, world_size)
-    run.model.eval()
+    run.chunks[0].eval()
 
     def losses(batch: Batch, separate: bool, cut: bool) -> Any:
         ids = run.memory.hasher.rows(batch.tokens, batch.document_ids if cut else None)
@@ -33,7 +33,7 @@ def _token_losses(rank: int, world_size: int) -> dict[tuple[str, str], np.ndarra
         memory_LTBE = run.memory.of_microbatch(rows, 0)
         m = make_microbatch(batch, memory_LTBE, separate_documents=separate, cut_memory_at_documents=cut)
         with torch.no_grad():
-            logits = run.model(m.tokens_BT, m.document_ids_BT, m.memory_LTBE, m.memory_document_ids_BT)
+            logits = run.chunks[0](m.tokens_BT, m.document_ids_BT, m.memory_LTBE, m.memory_document_ids_BT)
         every = torch.nn.functional.cross_entropy(logits[0], m.labels_BT[0], reduction="none")
         return every[m.loss_mask_BT[0]].numpy()
 

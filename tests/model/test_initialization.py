@@ -13,14 +13,16 @@ from small_run import numbers, small_groups, small_run_config
 
 def _initial(rank: int, world_size: int, expert: int, seeds: tuple[int, ...]) -> dict[int, dict[str, Any]]:
     """Initial parameters that this rank holds, by seed and global name."""
-    from engram_megatron.model.builder import build_model
+    from engram_megatron.model.builder import build_model_chunks
     from engram_megatron.model.parameter_names import global_named_parameters
 
     found = {}
     for seed in seeds:
         config = small_run_config(overrides=[f"parallel.expert={expert}", f"training.seed={seed}"])
         small_groups(config, rank, world_size)
-        found[seed] = {name: numbers(parameter) for name, parameter in global_named_parameters(build_model(config))}
+        found[seed] = {
+            name: numbers(parameter) for name, parameter in global_named_parameters(build_model_chunks(config))
+        }
     return found
 
 

@@ -49,27 +49,27 @@ def _sharded(rank: int, world_size: int, config: Any) -> dict[str, Any]:
     logits = []
     with torch.no_grad():
         rows = run.memory.start(batches).wait()
-        run.model.eval()
+        run.chunks[0].eval()
         for index, batch in enumerate(batches):
             m = make_microbatch(
                 batch, run.memory.of_microbatch(rows, index), separate_documents=True, cut_memory_at_documents=True
             )
-            out = run.model(m.tokens_BT, m.document_ids_BT, m.memory_LTBE, m.memory_document_ids_BT)
+            out = run.chunks[0](m.tokens_BT, m.document_ids_BT, m.memory_LTBE, m.memory_document_ids_BT)
             logits.append(numbers(out))
-        run.model.train()
+        run.chunks[0].train()
     steps = []
     for step in range(STEPS):
         batches = microbatches(global_batch(step), rank, world_size)
         result = run.trainer.train_step(step, batches, stop_requested=False)
-        gradient = {name: numbers(p.main_grad) for name, p in global_named_parameters(run.model)}
+        gradient = {name: numbers(p.main_grad) for name, p in global_named_parameters(run.chunks)}
         steps.append({"result": result, "gradient": gradient, "rows": dict(applied)})
     owned = layout.global_row(rank, np.arange(run.memory.shard.num_rows))
     return {
         "logits": np.concatenate(logits),
         "steps": steps,
-        "parameters": {name: numbers(p) for name, p in global_named_parameters(run.model)},
+        "parameters": {name: numbers(p) for name, p in global_named_parameters(run.chunks)},
         "table": (owned, run.memory.shard.weight.copy()),
-        "expert_bias": expert_biases(run.model),
+        "expert_bias": expert_biases(run.chunks),
         "used_rows": [np.unique(run.memory.hasher.rows(batch.tokens, batch.document_ids)) for batch in batches],
     }
 

@@ -30,7 +30,7 @@ def _first_steps(rank: int, world_size: int) -> dict[tuple[int, float], tuple[fl
             run = build_small_run(small_run_config(overrides=overrides), rank, world_size)
             batches = microbatches(global_batch(0), rank, world_size)
             result = run.trainer.train_step(0, batches, stop_requested=False)
-            taken = {name: numbers(p.main_grad) for name, p in global_named_parameters(run.model)}
+            taken = {name: numbers(p.main_grad) for name, p in global_named_parameters(run.chunks)}
             found[expert, limit] = (result.gradient_norm, taken)
     return found
 

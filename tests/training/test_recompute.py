@@ -27,6 +27,7 @@ MODES = {
         )
     },
 }
+TOGETHER = ("full", "mhc,engram", "core_attention,feed_forward,mhc,engram")  # in layouts other than the plain one
 HEADS = "model.attention.num_heads=4"
 LAYOUTS = {
     "1 rank": (1, ()),
@@ -34,10 +35,16 @@ LAYOUTS = {
     "1 rank, one branch": (1, ("engram.multi_branch=false",)),
     "1 rank, first layer": (1, ("engram.layer_numbers=1,3",)),
     "1 rank, without Engram": (1, ("engram=none",)),
+    "pipeline 2": (2, ("parallel.pipeline=2",)),
+    "pipeline 2, two chunks": (2, ("model.num_layers=4", "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
     "tensor 2": (2, (HEADS, "parallel.tensor=2")),
     "expert 2": (2, ("parallel.expert=2",)),
     "tensor 2, expert 2": (2, (HEADS, "parallel.tensor=2", "parallel.expert=2")),
 }
+
+
+def _modes(layout: str) -> tuple[str, ...]:
+    return tuple(MODES) if layout == "1 rank" else TOGETHER
 
 
 def _step(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -58,9 +65,9 @@ def _step(rank: int, world_size: int, overrides: tuple[str, ...]) -> dict[str, A
         run.memory.step = record
     mine = microbatches(global_batch(0), run.ranks.data_rank, run.ranks.data_ranks)
     result = run.trainer.train_step(0, mine, stop_requested=False)
-    gradients = {name: numbers(p.main_grad) for name, p in global_named_parameters(run.model)}
+    gradients = {name: numbers(p.main_grad) for name, p in global_named_parameters(run.chunks)}
     counts = {f"tokens per expert {layer}": numbers(c) for layer, c in run.trainer.runner.expert_tokens.items()}
-    panels = {name: np.array(value) for name, value in layer_metrics(run.model).items()}
+    panels = {name: np.array(value) for name, value in layer_metrics(run.config, run.chunks, run.ranks).items()}
     return {"loss": np.array(result.loss), **gradients, **rows, **counts, **panels}
 
 
@@ -72,8 +79,8 @@ def _all_modes(rank: int, world_size: int) -> dict[tuple[str, str], list[str]]:
             continue
         expected = _step(rank, world_size, overrides)
         assert any(name.startswith("tokens per expert") for name in expected)
-        for mode, changes in MODES.items():
-            found = _step(rank, world_size, (*overrides, *changes))
+        for mode in _modes(layout):
+            found = _step(rank, world_size, (*overrides, *MODES[mode]))
             assert found.keys() == expected.keys()
             different[layout, mode] = [n for n in expected if not np.array_equal(found[n], expected[n])]
     return different
@@ -84,8 +91,7 @@ def _differences(world_size: int) -> list[dict[tuple[str, str], list[str]]]:
     return run_ranks(_all_modes, world_size, timeout_s=300.0)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "mode"), [(layout, mode) for layout in LAYOUTS for mode in _modes(layout)])
 def test_loss_gradients_and_expert_counts_are_those_without_recomputation(layout: str, mode: str) -> None:
     for of_rank in _differences(LAYOUTS[layout][0]):
         assert of_rank[layout, mode] == []
@@ -105,13 +111,13 @@ def _interleaved(rank: int, world_size: int) -> dict[str, Any]:
         run.optimizer.zero_grad()
         losses = []
         for index, batch in enumerate(batches):
-            memory = run.memory.of_microbatch(rows, index)
+            memory = run.memory.of_microbatch(rows, index, 0)
             inputs = make_microbatch(batch, memory, separate_documents=True, cut_memory_at_documents=True)
-            logits, loss = forward_step(iter([inputs]), run.model)
+            logits, loss = forward_step(iter([inputs]), run.chunks[0])
             losses.append(loss(logits)[0])
         for index in (1, 2, 0):
             losses[index].backward()
-        flat = [numbers(p.main_grad).ravel() for p in run.model.parameters()]
+        flat = [numbers(p.main_grad).ravel() for p in run.chunks[0].parameters()]
         gradients[mode] = np.concatenate([*flat, numbers(rows.values.grad).ravel()])
         assert torch.isfinite(torch.from_numpy(gradients[mode])).all()
     return gradients
@@ -128,14 +134,14 @@ def _kept(rank: int, world_size: int) -> dict[str, int]:
     from kept_bytes import kept_bytes
     from small_run import small_groups
 
-    from engram_megatron.model.builder import build_model
+    from engram_megatron.model.builder import build_model_chunks
     from engram_megatron.training.forward_step import forward_step, make_microbatch
 
     kept = {}
     for mode, changes in {"none": (), **MODES}.items():
         config = small_run_config("float32", changes)
         small_groups(config, rank, world_size)
-        model = build_model(config)
+        [model] = build_model_chunks(config)
         batch = global_batch(0)
         assert config.engram is not None
         memory = _memory(config.engram, *batch.tokens.shape)

@@ -78,7 +78,7 @@ def _train(rank: int, world_size: int, config: Any) -> dict[str, Any]:
     def shards(gradients: bool) -> dict[str, Shard]:
         return {
             name: Shard(numbers(p.main_grad if gradients else p), partition_dim(p), ranks.tensor_rank)
-            for name, p in global_named_parameters(run.model)
+            for name, p in global_named_parameters(run.chunks)
         }
 
     initial, steps = shards(gradients=False), []
@@ -93,7 +93,7 @@ def _train(rank: int, world_size: int, config: Any) -> dict[str, Any]:
         "initial": initial,
         "steps": steps,
         "table": (owned, run.memory.shard.weight.copy()),
-        "expert_bias": expert_biases(run.model),
+        "expert_bias": expert_biases(run.chunks),
     }
 
 
