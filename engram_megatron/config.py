@@ -416,6 +416,8 @@ class RunConfig:
             "model.attention.num_heads": attention.num_heads,
             "model.attention.kv_lora_rank + rope_head_dim": attention.kv_lora_rank + attention.rope_head_dim,
         }
+        if self.model.mtp.num_layers > 0:
+            sizes["model.hidden_size"] = self.model.hidden_size  # the rows of its projection
         if attention.query_lora_rank is not None:
             sizes["model.attention.query_lora_rank"] = attention.query_lora_rank
         if moe is None or moe.num_leading_dense_layers > 0:

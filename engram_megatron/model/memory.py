@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engram_megatron.config import RunConfig
-from engram_megatron.model.counts import TensorSpec, engram_streams
+from engram_megatron.model.counts import TensorSpec, engram_streams, has_mtp_experts
 from engram_megatron.model.placement import (
     DTYPE_BYTES,
     gradient_bytes,
@@ -26,6 +26,7 @@ from engram_megatron.model.placement import (
     stage_engram_layers,
     stage_layers,
     stage_moe_layers,
+    stage_mtp_layers,
     stage_specs,
 )
 
@@ -83,7 +84,7 @@ def rank_memory(
 
 def weight_bytes(spec: TensorSpec, config: RunConfig) -> int:
     """Bytes per element as the model stores it: hyper-connections keep their own, wider dtype."""
-    is_mapping = spec.part == "hyper-connections"
+    is_mapping = spec.placed_as == "hyper-connections"
     return DTYPE_BYTES[config.model.mhc.mapping_dtype if is_mapping else config.training.dtype]
 
 
@@ -95,14 +96,20 @@ def job_table_bytes(config: RunConfig, world_size: int) -> int:
 def microbatch_activation_bytes(config: RunConfig, stage: int) -> int:
     """Estimate of what one microbatch leaves on a rank of pipeline stage `stage` until its backward pass."""
     model, parallel = config.model, config.parallel
+    mtp = stage_mtp_layers(config, stage)
     layers = _Layers(
-        len(stage_layers(config, stage)), stage_moe_layers(config, stage), stage_engram_layers(config, stage)
+        all=len(stage_layers(config, stage)) + mtp,
+        moe=stage_moe_layers(config, stage) + mtp * has_mtp_experts(model),
+        engram=stage_engram_layers(config, stage),
     )
     token_bytes = _layers_bytes(config, layers)
+    # multi-token prediction: input and output of two norms, the two outputs side by side
+    token_bytes += mtp * 6 * model.hidden_size * DTYPE_BYTES[config.training.dtype]
     if stage == parallel.pipeline - 1:
         # final norm's input and output, logits, and their float32 softmax
         head_values = 2 * model.hidden_size + model.vocab_size
-        token_bytes += head_values * DTYPE_BYTES[config.training.dtype] + model.vocab_size * gradient_bytes(config)
+        head_bytes = head_values * DTYPE_BYTES[config.training.dtype] + model.vocab_size * gradient_bytes(config)
+        token_bytes += (1 + mtp) * head_bytes
     tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.context
     return tokens * token_bytes // parallel.tensor
 

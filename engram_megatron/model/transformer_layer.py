@@ -5,9 +5,9 @@
     X <- H_res X + H_post^T FFN(norm(H_pre X))
 
 Between blocks (and pipeline stages) the streams travel as one tensor [T, B, M*C]; the first block of the model expands
-the embedding, the last one contracts. The rows of memory reach the block as megatron-core's cross-attention
-`context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that recomputation and interleaved
-microbatches cannot mix them up.
+the embedding, the last one contracts; a multi-token prediction layer does both. The rows of memory reach the block as
+megatron-core's cross-attention `context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that
+recomputation and interleaved microbatches cannot mix them up.
 
 Under sequence parallelism (wherever tensor > 1) a rank holds T / tensor consecutive positions of hidden states and
 memory; document ids are always those of the whole sequence, which attention sees. All that stands here works on single
@@ -72,6 +72,8 @@ class EngramTransformerLayer(TransformerLayer):
         if self.num_streams > 1:
             self.mhc_attention = _build_mhc(submodules.mhc, config, self.layer_number)
             self.mhc_mlp = _build_mhc(submodules.mhc, config, self.layer_number)
+        self.expands_streams = self.layer_number == 1 or self.is_mtp_layer
+        self.contracts_streams = self.layer_number == config.num_layers or self.is_mtp_layer
         self.recompute = submodules.recompute
         self.rebuilds_streams = "mhc" in self.recompute and self.num_streams > 1
         self.last_stream_cosine: Tensor | None = None
@@ -113,7 +115,7 @@ class EngramTransformerLayer(TransformerLayer):
         padding_mask: Tensor | None,
     ) -> Tensor:
         """The streams (or their mean) after this block; attention, feed-forward and memory are called through `run`."""
-        if self.layer_number == 1:
+        if self.expands_streams:
             hidden_states = expand_streams(hidden_states, self.num_streams)
         streams = hidden_states.unflatten(-1, (self.num_streams, -1))
         memory_TBE = None
@@ -128,8 +130,7 @@ class EngramTransformerLayer(TransformerLayer):
         if self.num_streams > 1 and self.training:
             stride = max(1, streams.shape[0] // 16)  # a sample of positions is enough for a trend
             self.last_stream_cosine = stream_cosine(streams[stride // 2 :: stride])
-        is_last = self.layer_number == self.config.num_layers
-        return contract_streams(streams) if is_last else streams.flatten(-2)
+        return contract_streams(streams) if self.contracts_streams else streams.flatten(-2)
 
     def _attention(
         self,

@@ -15,7 +15,6 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     not_yet = {
         f"parallel.context = {parallel.context}": parallel.context != 1,
         "parallel.distributed_optimizer = true": parallel.distributed_optimizer,
-        f"model.mtp.num_layers = {config.model.mtp.num_layers}": config.model.mtp.num_layers != 0,
     }
     for setting, chosen in not_yet.items():
         if chosen:

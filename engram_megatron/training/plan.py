@@ -119,6 +119,7 @@ def _flops(flops: TokenFlops, sequence_length: int) -> str:
         "hyper_connections": "hyper-connections",
         "engram": "Engram",
         "head": "output head",
+        "multi_token_prediction": "multi-token prediction",
     }
     rows = [[text, _short(getattr(flops, name))] for name, text in names.items()]
     rows.append(["forward", _short(flops.forward)])

@@ -128,3 +128,14 @@ def test_every_recomputed_part_saves_something() -> None:
     together = _recomputed(config, "selective", "engram", "mhc", "feed_forward")
     assert full < together < min(parts) <= max(parts) < none
     assert none - together == pytest.approx(sum(none - part for part in parts), rel=1e-6)
+
+
+def test_multi_token_prediction_stands_on_the_last_stage_with_a_copy_of_the_embedding() -> None:
+    tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=2))
+    config = replace(tiny, model=replace(tiny.model, mtp=replace(tiny.model.mtp, num_layers=1)))
+    prediction = {spec.name for spec in parameter_specs(config)} - {spec.name for spec in parameter_specs(tiny)}
+    first, last = ({spec.name for spec in stage_specs(config, stage)} for stage in range(2))
+    assert first == {spec.name for spec in stage_specs(tiny, 0)}
+    assert last - {spec.name for spec in stage_specs(tiny, 1)} == prediction | {"embedding.word_embeddings.weight"}
+    assert microbatch_activation_bytes(config, 0) == microbatch_activation_bytes(tiny, 0)
+    assert microbatch_activation_bytes(config, 1) > microbatch_activation_bytes(tiny, 1)
