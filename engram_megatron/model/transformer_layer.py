@@ -9,9 +9,10 @@ the embedding, the last one contracts; a multi-token prediction layer does both.
 megatron-core's cross-attention `context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that
 recomputation and interleaved microbatches cannot mix them up.
 
-Under sequence parallelism (wherever tensor > 1) a rank holds T / tensor consecutive positions of hidden states and
-memory; document ids are always those of the whole sequence, which attention sees. All that stands here works on single
-positions; attention, feed-forward and the convolution fetch what they need of others.
+Under context and sequence parallelism (the latter wherever tensor > 1) a rank holds the T / (context * tensor)
+positions of hidden states and memory that `sequence_partition` gives it; document ids are always those of the whole
+sequence, which attention sees. All that stands here works on single positions; attention, feed-forward and the
+convolution fetch what they need of others.
 
 Shape legend: L Engram layers of this chunk, E memory width, others as in `hyper_connection`; T is this rank's share of
 the sequence, except in document ids.
@@ -44,6 +45,7 @@ from engram_megatron.model.recompute import (
     run_again_with_router,
     run_between_sub_layers_again,
 )
+from engram_megatron.model.sequence_partition import SequencePartition
 
 
 @dataclass
@@ -202,6 +204,8 @@ def _build_mhc(mhc: HyperConnectionConfig, config: Any, layer_number: int) -> Hy
 
 
 def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> EngramLayer:
+    partition = SequencePartition(context=config.context_parallel_size, tensor=config.tensor_model_parallel_size)
+    divided = partition.num_ranks > 1
     layer = EngramLayer(
         hidden_size=config.hidden_size,
         memory_dim=engram.memory_dim,
@@ -216,7 +220,8 @@ def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> Engram
         init_std=config.init_method_std,
         dtype=config.params_dtype,
         device=platform.device(),
-        sequence_group=parallel_state.get_tensor_model_parallel_group() if config.sequence_parallel else None,
+        partition=partition,
+        sequence_group=parallel_state.get_tensor_and_context_parallel_group() if divided else None,
     )
     for parameter in layer.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

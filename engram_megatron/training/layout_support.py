@@ -13,7 +13,6 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     config.validate_layout(world_size)
     parallel = config.parallel
     not_yet = {
-        f"parallel.context = {parallel.context}": parallel.context != 1,
         "parallel.distributed_optimizer = true": parallel.distributed_optimizer,
     }
     for setting, chosen in not_yet.items():

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from engram_data.batch import Batch
-from engram_data.stream import TokenStream
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.gather.lookup import UniqueRows
@@ -110,11 +109,12 @@ class Trainer:
             gather=None if rows is None else rows.statistics,
         )
 
-    def validate(self, stream: TokenStream, num_batches: int) -> float:
-        """Mean loss in nats per token over the first `num_batches` global batches of `stream`. Collective."""
+    def validate(self, microbatches_of: Callable[[int], Sequence[Batch]], num_batches: int) -> float:
+        """Mean loss in nats per token over global batches 0 to `num_batches - 1`, of which `microbatches_of` gives
+        this rank's part. Collective."""
         loss_sum, tokens = 0.0, 0
         for index in range(num_batches):
-            batches = stream.microbatches(index)
+            batches = microbatches_of(index)
             microbatches, _ = self._prepare(batches, is_training=False)
             sums = self.runner.evaluate(microbatches, len(batches))
             loss_sum, tokens = loss_sum + sums.loss, tokens + sums.tokens
@@ -170,6 +170,7 @@ class Trainer:
                 separate_documents=self.config.data.separate_documents,
                 cut_memory_at_documents=engram is not None and engram.cut_at_documents,
                 multi_token_prediction=is_training and self.config.model.mtp.num_layers > 0,
+                positions=self.ranks.token_positions(self.config.data.sequence_length),
             )
 
     def _update(self, step: int, rows: UniqueRows | None, num_tokens: int, learning_rate: float) -> float:

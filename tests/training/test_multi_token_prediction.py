@@ -38,7 +38,7 @@ VARIANTS = {
     "one stream of text": (*MTP, "data.separate_documents=false", "engram.cut_at_documents=false"),
     "four layers": (*MTP, "model.num_layers=4"),
 }
-TENSOR, EXPERT, PIPELINE = "parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"
+TENSOR, EXPERT, CONTEXT, PIPELINE = (f"parallel.{axis}=2" for axis in ("tensor", "expert", "context", "pipeline"))
 LAYOUTS: list[tuple[str, int, tuple[str, ...]]] = [
     *((variant, 1, ()) for variant in VARIANTS),
     ("experts", 1, ("training.recompute=full",)),
@@ -51,7 +51,9 @@ LAYOUTS: list[tuple[str, int, tuple[str, ...]]] = [
     ("dense", 2, (PIPELINE,)),
     ("four layers", 2, (PIPELINE, "parallel.virtual_pipeline=2")),
     ("four layers", 2, (PIPELINE, "parallel.virtual_pipeline=2", "training.recompute=full")),
+    ("experts", 2, (CONTEXT,)),
     ("experts", 4, (TENSOR, PIPELINE)),
+    ("experts", 4, (CONTEXT, PIPELINE)),
     ("experts", 4, (EXPERT, PIPELINE)),
 ]
 

@@ -37,6 +37,7 @@ LAYOUTS = {
     "1 rank, without Engram": (1, ("engram=none",)),
     "pipeline 2": (2, ("parallel.pipeline=2",)),
     "pipeline 2, two chunks": (2, ("model.num_layers=4", "parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "context 2": (2, ("parallel.context=2",)),
     "tensor 2": (2, (HEADS, "parallel.tensor=2")),
     "expert 2": (2, ("parallel.expert=2",)),
     "tensor 2, expert 2": (2, (HEADS, "parallel.tensor=2", "parallel.expert=2")),
