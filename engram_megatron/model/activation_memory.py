@@ -72,8 +72,7 @@ def _kept_token_bytes(config: RunConfig, layer: int) -> int:
             assert config.engram is not None
             values += config.engram.memory_dim
         return values * DTYPE_BYTES[config.training.dtype]
-    modules = config.training.recompute_modules if config.training.recompute == "selective" else ()
-    return _by_parts(config, layer, frozenset(modules))
+    return _by_parts(config, layer, config.training.recomputed_modules)
 
 
 def _whole_token_bytes(config: RunConfig, layer: int) -> int:

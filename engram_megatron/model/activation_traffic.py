@@ -94,8 +94,7 @@ def halo_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:
 
 def recomputes(config: RunConfig, module: str) -> bool:
     """Whether the forward pass of `module` (as in `training.recompute_modules`) runs a second time."""
-    recompute = config.training.recompute
-    return recompute == "full" or (recompute == "selective" and module in config.training.recompute_modules)
+    return config.training.recompute == "full" or module in config.training.recomputed_modules
 
 
 def _column(width: int) -> Exchange:

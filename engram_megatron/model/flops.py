@@ -24,7 +24,6 @@ from engram_megatron.config import RunConfig
 from engram_megatron.model.counts import Part, TensorSpec, engram_streams, parameter_specs
 
 BACKWARD_PER_FORWARD = 2
-MTP_PREFIX = "mtp."  # of the names of multi-token prediction's tensors
 
 Matrices = Counter[Part]  # elements of weight matrices by part
 
@@ -62,7 +61,7 @@ def layer_flops(config: RunConfig) -> list[TokenFlops]:
     """FLOPs of every decoder layer, from the first."""
     matrices: list[Matrices] = [Counter() for _ in range(config.model.num_layers)]
     for spec in _matrix_specs(config):
-        if spec.layer is not None and not spec.name.startswith(MTP_PREFIX):
+        if spec.layer is not None:
             matrices[spec.layer][spec.part] += spec.count
     engram_layers = () if config.engram is None else config.engram.layer_numbers
     return [_layer(config, of_layer, layer + 1 in engram_layers) for layer, of_layer in enumerate(matrices)]
@@ -75,17 +74,11 @@ def outer_flops(config: RunConfig) -> TokenFlops:
         return TokenFlops(head=head)
     matrices: Matrices = Counter()
     for spec in _matrix_specs(config):
-        if spec.name.startswith(MTP_PREFIX):
-            matrices[spec.part] += spec.count
+        if spec.part == "multi-token prediction":
+            matrices[spec.placed_as] += spec.count
     layer = _layer(config, matrices, has_engram=False)
-    projection = 2 * sum(count for part, count in matrices.items() if part not in _LAYER_PARTS)
+    projection = 2 * matrices["multi-token prediction"]
     return TokenFlops(head=head, multi_token_prediction=layer.forward + projection + head)
-
-
-_LAYER_PARTS: tuple[Part, ...] = (
-    *("attention", "dense feed-forward", "shared experts", "routed experts"),
-    *("router", "hyper-connections", "Engram dense"),
-)
 
 
 def _layer(config: RunConfig, matrices: Matrices, has_engram: bool) -> TokenFlops:

@@ -23,8 +23,8 @@ from engram_megatron.model.transfers import Group, Transfer, all_reduced, to_oth
 def gradient_transfers(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
     """Over the replicas: sums of gradients, and with the distributed optimizer the new weights."""
     specs = specs_on(config, pipeline_rank)
-    dense = [spec for spec in specs if spec.part != ROUTED]
-    experts = [spec for spec in specs if spec.part == ROUTED]
+    dense = [spec for spec in specs if spec.placed_as != ROUTED]
+    experts = [spec for spec in specs if spec.placed_as == ROUTED]
     transfers = _over_replicas(config, world_size, dense, "dense", "data")
     # Where no group of ranks differs for them, megatron-core treats routed experts as all else.
     apart = config.parallel.expert > 1 or config.parallel.tensor > 1
@@ -72,7 +72,7 @@ def tensor_rank_transfers(
     all-gathers of the matrices of which each holds a part; with the distributed optimizer a replica gathers those that
     it owns, the mean over replicas is given."""
     parallel = config.parallel
-    specs = [spec for spec in specs_on(config, pipeline_rank) if spec.part != ROUTED]
+    specs = [spec for spec in specs_on(config, pipeline_rank) if spec.placed_as != ROUTED]
     whole = [spec for spec in specs if not is_tensor_divided(spec)]
     # megatron-core flattens them into one tensor, which takes the widest dtype
     whole_bytes = sum(spec.count for spec in whole) * max((gradient_bytes(spec, config) for spec in whole), default=0)

@@ -171,8 +171,7 @@ def _layer_cost(config: RunConfig, flops: TokenFlops, has_engram: bool) -> Cost:
         "mhc": flops.hyper_connections + FLOPS_PER_BYTE * _stream_bytes(config),
         "engram": flops.engram + (FLOPS_PER_BYTE * _engram_bytes(config) if has_engram else 0),
     }
-    recompute, modules = config.training.recompute, config.training.recompute_modules
-    again = {"none": (), "selective": modules, "full": tuple(forward)}[recompute]
+    again = forward if config.training.recompute == "full" else config.training.recomputed_modules
     once = sum(forward.values())
     return Cost(once, BACKWARD_PER_FORWARD * once + sum(forward[module] for module in again))
 

@@ -12,7 +12,6 @@ from math import ceil
 
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.model.counts import Part, TensorSpec, parameter_specs, table_rows
-from engram_megatron.model.flops import MTP_PREFIX
 from engram_megatron.model.pipeline_layout import pipeline_layout
 
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -26,6 +25,7 @@ _TENSOR_PARALLEL_PARTS: tuple[Part, ...] = (
     "attention",
     "dense feed-forward",
     "shared experts",
+    "multi-token prediction",  # its projection; all else in it is placed as its like elsewhere
 )
 _LATENT_NORMS = ("q_layernorm.weight", "kv_layernorm.weight")
 
@@ -46,9 +46,7 @@ def specs_on(config: RunConfig, pipeline_rank: int) -> list[TensorSpec]:
     def stands_here(spec: TensorSpec) -> bool:
         if spec.part == EMBEDDING:
             return pipeline_rank in embedding_ranks
-        if spec.layer is None or spec.name.startswith(MTP_PREFIX):
-            return pipeline_rank == last
-        return spec.layer in layers
+        return pipeline_rank == last if spec.layer is None else spec.layer in layers
 
     return [spec for spec in parameter_specs(config) if stands_here(spec)]
 
@@ -78,12 +76,12 @@ def mtp_layers_on(config: RunConfig, pipeline_rank: int) -> int:
 
 def is_tensor_divided(spec: TensorSpec) -> bool:
     """Whether tensor ranks each hold a part of `spec` (where there are several)."""
-    return spec.part in _TENSOR_PARALLEL_PARTS and not spec.name.endswith(_LATENT_NORMS)
+    return spec.placed_as in _TENSOR_PARALLEL_PARTS and not spec.name.endswith(_LATENT_NORMS)
 
 
 def rank_elements(spec: TensorSpec, parallel: ParallelConfig) -> int:
     """Elements of `spec` that one rank of its pipeline stage holds."""
-    if spec.part == ROUTED:
+    if spec.placed_as == ROUTED:
         return spec.count // parallel.expert
     return ceil(spec.count / parallel.tensor) if is_tensor_divided(spec) else spec.count
 
@@ -93,7 +91,7 @@ def buffer_elements(spec: TensorSpec, parallel: ParallelConfig) -> int:
     megatron-core then lets every tensor begin at a multiple of 64. (The end of a buffer is padded by 127 at most.)"""
     if not parallel.distributed_optimizer:
         return rank_elements(spec, parallel)
-    if spec.part == ROUTED:
+    if spec.placed_as == ROUTED:
         return _padded(spec.count) // parallel.expert
     return _padded(rank_elements(spec, parallel))
 
@@ -105,7 +103,7 @@ def _padded(elements: int) -> int:
 def gradient_ranks(spec: TensorSpec, parallel: ParallelConfig, world_size: int) -> int:
     """Ranks that hold the same elements of `spec` and sum their gradients."""
     replicas = parallel.data(world_size) * parallel.context
-    return replicas * parallel.tensor // parallel.expert if spec.part == ROUTED else replicas
+    return replicas * parallel.tensor // parallel.expert if spec.placed_as == ROUTED else replicas
 
 
 def rank_step_tokens(config: RunConfig, world_size: int) -> int:
@@ -125,7 +123,7 @@ def rank_table_rows(config: RunConfig, world_size: int) -> int:
 
 def weight_bytes(spec: TensorSpec, config: RunConfig) -> int:
     """Bytes per element as the model stores it: hyper-connections keep their own, wider dtype."""
-    is_mapping = spec.part == "hyper-connections"
+    is_mapping = spec.placed_as == "hyper-connections"
     return DTYPE_BYTES[config.model.mhc.mapping_dtype if is_mapping else config.training.dtype]
 
 

@@ -38,6 +38,10 @@ LAYOUTS = [
     Layout(2, ("parallel.pipeline=2",)),
     Layout(4, ("parallel.pipeline=2", "parallel.tensor=2", "training.dtype=float32")),
     Layout(2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_layers=4")),
+    Layout(2, ("parallel.pipeline=2", "model.mtp.num_layers=1", "training.recompute=full")),
+    Layout(4, ("parallel.pipeline=2", "parallel.tensor=2", "model.mtp.num_layers=1")),
+    Layout(2, ("parallel.tensor=2", "training.recompute=full")),
+    Layout(2, ("parallel.expert=2", "training.recompute=selective", "training.recompute_modules=feed_forward,mhc")),
     Layout(2, ("parallel.context=2",)),
     Layout(4, ("parallel.context=2", "parallel.tensor=2", "parallel.expert=2")),
 ]
@@ -145,4 +149,9 @@ def test_layouts_send_by_every_kind_of_collective() -> None:
     sent = {kind for result in results for kind in +result["measured"]}
     assert {("data", "all-reduce"), ("expert data", "all-reduce"), ("expert", "all-to-all")} <= sent
     assert {("tensor", kind) for kind in ("all-gather", "reduce-scatter", "all-reduce")} <= sent
-    assert {("pipeline", "send"), ("context", "all-gather"), ("tensor x context", "reduce-scatter")} <= sent
+    assert {
+        ("pipeline", "send"),
+        ("embedding", "all-reduce"),
+        ("context", "all-gather"),
+        ("tensor x context", "reduce-scatter"),
+    } <= sent
