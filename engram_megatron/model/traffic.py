@@ -174,7 +174,7 @@ def _tables(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Tran
 def _control(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
     """Loss, token and stop sums, gradient norms, tokens per expert."""
     parallel, moe = config.parallel, config.model.moe
-    sent = all_reduced(4 * 8, world_size)  # loss, tokens, stop requests, the tables' norm
+    sent = all_reduced(6 * 8, world_size)  # losses, tokens, stop requests, the tables' norm
     if parallel.distributed_optimizer:
         sent += all_reduced(8, world_size)
     else:
