@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from engram_megatron import platform
 from engram_megatron.config import OptimizerConfig, RunConfig
@@ -98,8 +99,9 @@ class BackboneOptimizer:
     def gradient_norm_squared(self) -> float:
         """Sum of squares of all gradients of the whole model, each parameter counted once. float64; a collective.
 
-        Parameters replicated over tensor-parallel ranks count on the first; sums then run over the tensor- and
-        pipeline-parallel ranks, and for experts over the expert-parallel ranks too.
+        Parameters replicated over tensor-parallel ranks count on the first, copies for another pipeline stage (Megatron
+        marks them `shared`) not at all; sums then run over the tensor- and pipeline-parallel ranks, and for experts
+        over the expert-parallel ranks too.
         """
         dense = self._local_square(is_expert=False)
         experts = self._local_square(is_expert=True)
@@ -174,9 +176,8 @@ class BackboneOptimizer:
         gradients = []
         for entry in self._entries:
             assert entry.main.grad is not None, "gradient_norm_squared() before prepare_gradients()"
-            if entry.is_expert == is_expert and param_is_not_tensor_parallel_duplicate(
-                entry.parameter, expert_tp_group=expert_group
-            ):
+            first = param_is_not_tensor_parallel_duplicate(entry.parameter, expert_tp_group=expert_group)
+            if entry.is_expert == is_expert and first and param_is_not_shared(entry.parameter):
                 gradients.append(entry.main.grad)
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=platform.device())
