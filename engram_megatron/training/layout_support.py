@@ -14,7 +14,6 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     parallel = config.parallel
     not_yet = {
         f"parallel.context = {parallel.context}": parallel.context != 1,
-        "parallel.distributed_optimizer = true": parallel.distributed_optimizer,
         f"training.recompute = {config.training.recompute}": config.training.recompute != "none",
         f"model.mtp.num_layers = {config.model.mtp.num_layers}": config.model.mtp.num_layers != 0,
     }
