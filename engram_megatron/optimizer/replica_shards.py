@@ -84,8 +84,8 @@ class Place(NamedTuple):
 class BucketExchange:
     """Between equal shards of one bucket and the owners of its elements.
 
-    `bucket` has flat `grad_data` and `param_data` of one length, divisible by the replicas of `group`. `places` rise and
-    do not overlap; what lies between them is padding.
+    `bucket` has flat `grad_data` and `param_data` of one length, divisible by the replicas of `group`. `places` rise
+    and do not overlap; what lies between them is padding.
     """
 
     def __init__(self, bucket: Any, group: dist.ProcessGroup, places: Sequence[Place]):

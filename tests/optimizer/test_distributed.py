@@ -73,9 +73,7 @@ def _train(layout: Layout, distributed: bool) -> Trained:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    config = small_config(
-        layout.dtype, tensor=layout.tensor, expert=layout.expert, distributed_optimizer=distributed
-    )
+    config = small_config(layout.dtype, tensor=layout.tensor, expert=layout.expert, distributed_optimizer=distributed)
     chunks = [build_small_gpt(config) for _ in range(layout.chunks)]
     with torch.no_grad():
         for number, chunk in enumerate(chunks):

@@ -58,14 +58,14 @@ def _loads(tensors: list[Dealt], replicas: int) -> tuple[list[int], list[float]]
 
 @pytest.mark.parametrize("replicas", [2, 4, 8, 16])
 def test_costs_and_state_of_the_27b_model_are_even(replicas: int) -> None:
-    """All 30 layers: enough matrices for 16 replicas. The first is what greedy dealing promises; 5 and 15 % are what
-    it gives here, and would not be if it dealt by number or by size."""
+    """All 30 layers: enough matrices for 16 replicas. The first is what greedy dealing promises; 5 and 20 % are above
+    what it gives here."""
     tensors = _layers(0, 30)
     cost, values = _loads(tensors, replicas)
     largest = max(newton_schulz_cost(t.whole_shape, t.rule.split) for t in tensors if t.rule.optimizer == "muon")
     assert max(cost) <= sum(cost) / replicas + largest
     assert max(cost) < 1.05 * sum(cost) / replicas
-    assert max(values) < 1.15 * sum(values) / replicas
+    assert max(values) < 1.2 * sum(values) / replicas
 
 
 def test_vocabulary_is_divided_to_the_row() -> None:
