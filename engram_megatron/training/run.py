@@ -189,7 +189,7 @@ def _log_step(run: _Run, result: StepResult) -> None:
 def _validate(run: _Run) -> float:
     available = run.validation.num_samples // run.config.training.global_batch_size
     batches = max(1, min(run.config.training.validation_batches, available))
-    loss = run.trainer.validate(run.validation, batches)
+    loss = run.trainer.validate(run.validation.microbatches, batches)
     if run.log is not None:
         run.log.validation(run.step, {"validation/loss": loss})
     return loss

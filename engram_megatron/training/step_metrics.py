@@ -50,7 +50,7 @@ def expert_metrics(config: RunConfig, expert_tokens: Mapping[int, Any], ranks: R
         return {}
     layers = range(moe.num_leading_dense_layers + 1, config.model.num_layers + 1)
     nothing = [0.0] * moe.num_experts
-    flat = [float(n) for layer in layers for n in (expert_tokens[layer] if layer in expert_tokens else nothing)]
+    flat = [float(n) for layer in layers for n in expert_tokens.get(layer, nothing)]
     totals = sum_over_ranks(flat, ranks)
     values: dict[str, float] = {}
     for index, layer in enumerate(layers):

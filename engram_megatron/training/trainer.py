@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from engram_data.batch import Batch
-from engram_data.stream import TokenStream
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.gather.lookup import UniqueRows
@@ -105,11 +104,12 @@ class Trainer:
             gather=None if rows is None else rows.statistics,
         )
 
-    def validate(self, stream: TokenStream, num_batches: int) -> float:
-        """Mean loss in nats per token over the first `num_batches` global batches of `stream`. Collective."""
+    def validate(self, microbatches_of: Callable[[int], Sequence[Batch]], num_batches: int) -> float:
+        """Mean loss in nats per token over global batches 0 to `num_batches - 1`, of which `microbatches_of` gives
+        this rank's part. Collective."""
         loss_sum, tokens = 0.0, 0
         for index in range(num_batches):
-            batches = stream.microbatches(index)
+            batches = microbatches_of(index)
             microbatches, _ = self._prepare(batches)
             batch_loss, batch_tokens = self.runner.evaluate(microbatches, len(batches))
             loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens

@@ -20,7 +20,9 @@ def _initial(rank: int, world_size: int, expert: int, seeds: tuple[int, ...]) ->
     for seed in seeds:
         config = small_run_config(overrides=[f"parallel.expert={expert}", f"training.seed={seed}"])
         small_groups(config, rank, world_size)
-        found[seed] = {name: numbers(parameter) for name, parameter in global_named_parameters(build_model_chunks(config))}
+        found[seed] = {
+            name: numbers(parameter) for name, parameter in global_named_parameters(build_model_chunks(config))
+        }
     return found
 
 

@@ -21,7 +21,7 @@ def _losses(rank: int, world_size: int, dtype: Any) -> tuple[list[float], set[st
     for step in range(4):
         batches = microbatches(global_batch(step), rank, world_size)
         losses.append(run.trainer.train_step(step, batches, stop_requested=False).loss)
-    mappings = {str(p.dtype) for name, p in run.trainer.model.named_parameters() if ".mhc_" in name}
+    mappings = {str(p.dtype) for name, p in run.chunks[0].named_parameters() if ".mhc_" in name}
     return losses, mappings
 
 

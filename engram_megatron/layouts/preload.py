@@ -1,4 +1,4 @@
-"""Imported once by the fork server of `ranks`: megatron-core on the CPU, so that every rank starts with it loaded."""
+"""Imported once by the fork server of `forked_ranks`: megatron-core on the CPU, so that every rank starts with it."""
 
 from engram_megatron import platform
 

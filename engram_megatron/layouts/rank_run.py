@@ -1,0 +1,182 @@
+"""What one rank of a layout does: build the small model, train a few steps, hand over all that must be equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from engram_megatron import platform
+from engram_megatron.config import RunConfig
+from engram_megatron.layouts.small_model import global_batch, hasher_of, jitter_weights, microbatches, roughen
+from engram_megatron.model.backbone_config import TORCH_DTYPE
+from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
+from engram_megatron.model.parameter_names import global_named_buffers, global_named_parameters
+from engram_megatron.model.tensor_shard import partition_dim
+from engram_megatron.optimizer.backbone import BackboneOptimizer, build_backbone_optimizer
+from engram_megatron.tables.row_gradients import RowGradients
+from engram_megatron.training import parallel
+from engram_megatron.training.conditional_memory import ConditionalMemory
+from engram_megatron.training.layout_support import check_layout_is_supported
+from engram_megatron.training.parallel import Ranks
+from engram_megatron.training.trainer import Trainer
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A rank's part of a tensor, one of `parts` along dimension `dim`; `dim` None: the whole tensor."""
+
+    values: Array
+    dim: int | None
+    part: int
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of the table: global row ids [N] and values [N, D]."""
+
+    ids: Array
+    values: Array
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What training has made of the model: backbone, table and the router's balancing biases."""
+
+    parameters: dict[str, Shard]
+    table: Rows
+    expert_bias: dict[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """One step of one rank. Gradients are those of the mean loss per token, clipped."""
+
+    loss: float
+    gradient_norm: float
+    num_tokens: int
+    tokens_per_expert: dict[int, Array]  # layer number to the tokens that this rank sent to each expert
+    gradients: dict[str, Shard]
+    table_gradients: Rows
+    after: State
+
+
+@dataclass(frozen=True, eq=False)
+class RankRecord:
+    """A run of one rank. Steps hold gradients and states only where that was asked for."""
+
+    start: State
+    steps: list[StepRecord]
+    end: State
+
+
+NO_ROWS = Rows(np.empty(0, np.int64), np.empty((0, 0)))
+NO_STATE = State({}, NO_ROWS, {})
+
+
+class SmallRun:
+    """What `training.run` holds on a rank, for the small model. Collective; one per process at a time."""
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
+        check_layout_is_supported(config, world_size)
+        self.config = config
+        self.ranks = _groups(config, rank, world_size)
+        self.memory = ConditionalMemory(config, hasher_of(config), self.ranks)
+        self.memory.initialize(config.training.seed)
+        chunks = build_model_chunks(config)
+        roughen(chunks)
+        self.chunks: list[nn.Module] = wrap_data_parallel(chunks, TORCH_DTYPE[config.training.dtype])
+        self.optimizer: BackboneOptimizer = build_backbone_optimizer(self.chunks, config)
+        self.trainer = Trainer(config, self.ranks, self.chunks, self.optimizer, self.memory)
+
+    def state(self) -> State:
+        """A copy of this rank's part, under global names."""
+        layout, shard = self.memory.lookup.layout, self.memory.shard
+        return State(
+            parameters={name: self._shard(p, p) for name, p in global_named_parameters(self.chunks)},
+            table=Rows(layout.global_row(self.ranks.rank, np.arange(shard.num_rows)), shard.weight.copy()),
+            expert_bias={n: _numbers(b) for n, b in global_named_buffers(self.chunks) if n.endswith("expert_bias")},
+        )
+
+    def gradients(self, scale: float) -> dict[str, Shard]:
+        """The reduced gradients by global name, times `scale`, copied."""
+        named = global_named_parameters(self.chunks)
+        return {name: self._shard(p, p.main_grad * scale) for name, p in named}  # type: ignore[attr-defined]
+
+    def _shard(self, parameter: nn.Parameter, values: Tensor) -> Shard:
+        return Shard(_numbers(values), partition_dim(parameter), self.ranks.tensor_rank)
+
+
+def train_small_model(
+    rank: int, world_size: int, config: RunConfig, num_steps: int, *, recorded_steps: int, jitter: int = 0
+) -> RankRecord:
+    """Train `num_steps` steps of `config` on this rank of a layout; the default process group exists.
+
+    Gradients and states of the first `recorded_steps` steps are kept, of the others the numbers alone. `jitter` > 0
+    starts from weights that differ in their last bit, another draw for every number.
+    """
+    run = SmallRun(config, rank, world_size)
+    if jitter:
+        jitter_weights(run.chunks, jitter)
+    recorder = _Recorder(run)
+    start, steps = run.state(), []
+    for step in range(num_steps):
+        batch = global_batch(step, separate_documents=config.data.separate_documents)
+        mine = microbatches(batch, config.training.micro_batch_size, run.ranks.data_rank, run.ranks.data_ranks)
+        result = run.trainer.train_step(step, mine, stop_requested=False)
+        recorded = step < recorded_steps
+        steps.append(
+            StepRecord(
+                loss=result.loss,
+                gradient_norm=result.gradient_norm,
+                num_tokens=result.num_tokens,
+                tokens_per_expert={n: _numbers(t) for n, t in run.trainer.runner.expert_tokens.items()},
+                gradients=recorder.gradients if recorded else {},
+                table_gradients=recorder.rows if recorded else NO_ROWS,
+                after=run.state() if recorded else NO_STATE,
+            )
+        )
+    return RankRecord(start, steps, run.state())
+
+
+class _Recorder:
+    """Listens at the two optimizers: there gradients are whole and summed, and their scale is known."""
+
+    def __init__(self, run: SmallRun) -> None:
+        self.gradients: dict[str, Shard] = {}
+        self.rows = NO_ROWS
+        backbone_step, memory_step, layout = run.optimizer.step, run.memory.step, run.memory.lookup.layout
+
+        def record_backbone(lr: float, gradient_scale: float = 1.0) -> None:
+            self.gradients = run.gradients(gradient_scale)
+            backbone_step(lr, gradient_scale)
+
+        def record_rows(gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
+            ids = layout.global_row(run.ranks.rank, gradients.local_rows)
+            self.rows = Rows(ids, gradients.gradients * gradient_scale)
+            memory_step(gradients, learning_rate, gradient_scale)
+
+        run.optimizer.step = record_backbone  # type: ignore[method-assign]
+        run.memory.step = record_rows  # type: ignore[method-assign]
+
+
+def _groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
+    """Process groups, on one thread per rank; those of an earlier run of this process are replaced."""
+    platform.limit_threads(1)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return parallel.initialize_groups(config, rank, world_size)
+
+
+def _numbers(tensor: Tensor) -> Array:
+    """A copy in numpy; bfloat16, which numpy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    copy: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
+    return copy

@@ -1,0 +1,125 @@
+"""The model that all layouts train, and its batches: small, but with everything that a layout could get wrong.
+
+Four layers (one dense, three of experts), four residual streams, two Engram layers, packed documents whose number
+differs from sequence to sequence, frequent rows that all ranks ask for. Shape letters: B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from engram_data.batch import Batch, make_batch
+from engram_megatron.config import (
+    AttentionConfig,
+    DataConfig,
+    DType,
+    EngramConfig,
+    HyperConnectionConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from engram_megatron.hashing.ngram_hasher import NgramHasher
+from engram_megatron.hashing.vocab_projection import identity_projection
+from engram_megatron.model.parameter_names import global_named_parameters
+from engram_megatron.model.tensor_shard import global_shape, take_shard
+from engram_megatron.overrides import apply_overrides
+
+VOCAB, LENGTH, GLOBAL_BATCH = 192, 32, 8
+
+
+def small_model_config(dtype: DType, overrides: Sequence[str] = ()) -> RunConfig:
+    """One sequence per microbatch, so that every layout has several. Numbers that a wider type would hide (tables,
+    mHC, router) are in float64 with the model, in float32 otherwise; `overrides` are those of the command line."""
+    wide: Literal["float32", "float64"] = "float64" if dtype == "float64" else "float32"
+    config = RunConfig(
+        name="layouts",
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=32,
+            vocab_size=VOCAB,
+            dense_ffn_size=48,
+            init_std=0.1,
+            attention=AttentionConfig(
+                num_heads=4, kv_lora_rank=16, nope_head_dim=12, rope_head_dim=8, value_head_dim=12
+            ),
+            moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=1, expert_ffn_size=16, router_dtype=wide),
+            mhc=HyperConnectionConfig(num_streams=4, sinkhorn_iterations=6, mapping_dtype=wide),
+        ),
+        engram=EngramConfig(
+            layer_numbers=(2, 3),
+            hash_seed_ids=(2, 3),
+            num_heads_per_order=2,
+            rows_per_head=101,
+            memory_dim=16,
+            block_rows=32,
+            table_dtype=wide,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_grad_norm=0.5),
+        data=DataConfig(sequence_length=LENGTH),
+        training=TrainingConfig(num_steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, dtype=dtype),
+    )
+    return apply_overrides(config, list(overrides))
+
+
+def global_batch(step: int, *, separate_documents: bool) -> Batch:
+    """The `GLOBAL_BATCH` sequences of a step: sequence s has s + 1 documents."""
+    rng = np.random.default_rng(step)
+    windows = np.minimum(rng.zipf(1.4, (GLOBAL_BATCH, LENGTH + 1)), VOCAB) - 1
+    starts = [np.sort(rng.choice(np.arange(1, LENGTH + 1), s, replace=False)) for s in range(GLOBAL_BATCH)]
+    return make_batch(list(windows), starts, separate_documents)
+
+
+def take(batch: Batch, sequences: slice) -> Batch:
+    """Some sequences of a batch."""
+    return Batch(
+        tokens=batch.tokens[sequences],
+        labels=batch.labels[sequences],
+        loss_mask=batch.loss_mask[sequences],
+        document_ids=batch.document_ids[sequences],
+    )
+
+
+def microbatches(batch: Batch, size: int, data_rank: int, data_ranks: int) -> list[Batch]:
+    """The microbatches of `size` sequences that data replica `data_rank` of `data_ranks` takes of a global batch."""
+    share = len(batch.tokens) // data_ranks
+    first = data_rank * share
+    return [take(batch, slice(at, at + size)) for at in range(first, first + share, size)]
+
+
+def hasher_of(config: RunConfig) -> NgramHasher:
+    """The n-gram hasher without compression: this vocabulary has no texts."""
+    assert config.engram is not None
+    return NgramHasher.from_config(config.engram, identity_projection(VOCAB), VOCAB)
+
+
+@torch.no_grad()
+def roughen(chunks: Sequence[nn.Module]) -> None:
+    """Add noise to every parameter, a function of its global name.
+
+    The start is a symmetric point: all streams carry the same, so the gradient of every H_res is rounding noise, which
+    Adam (epsilon 1e-20) turns into full steps in random directions. Away from it, two correct implementations agree.
+    And a convolution that starts at zero would hide its own forward.
+    """
+    for name, parameter in global_named_parameters(chunks):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        scale = 0.5 if "mhc_" in name else 0.1
+        noise = torch.randn(global_shape(parameter), generator=generator, dtype=torch.float64) * scale
+        parameter.add_(take_shard(name, parameter, noise))
+
+
+@torch.no_grad()
+def jitter_weights(chunks: Sequence[nn.Module], seed: int) -> None:
+    """Change every weight by about one unit in its last place."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in global_named_parameters(chunks):
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.mul_(1 + torch.finfo(parameter.dtype).eps * noise)

@@ -1,0 +1,69 @@
+"""The table of `make layouts`: every cell against one rank, a line each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from engram_megatron.layouts.case import FLOAT64_STEPS, Outcome, RankCell, Reference, judge, run_cell, run_reference
+from engram_megatron.layouts.compare import DisagreementError
+from engram_megatron.layouts.forked_ranks import run_ranks
+from engram_megatron.layouts.matrix import Layout, Variation
+
+TIMEOUT_S = 300.0  # of one cell; a hang ends with the stacks of all ranks
+
+Cell = tuple[Layout, Variation]
+HEADER = (
+    f"{'layout':32} {'variation':35} {'loss':>8} {'packed':>8} {'norm':>8} {'gradient':>8} {'update':>8}   "
+    f"{'fp32 drift':>10} {'bound':>8}  {'bf16 loss':>9}  {'s':>5}"
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table and whether it is good."""
+
+    text: str
+    passes: bool
+
+
+def lines(matrix: Sequence[Cell]) -> Iterator[Line]:
+    """Run the cells, layout by layout, and describe each as soon as it is done."""
+    references: dict[tuple[tuple[int, int], bool, bool], Reference] = {}
+    for layout, variation in matrix:
+        started = time.monotonic()
+        try:
+            key = (layout.memory_layers, variation.packed, variation.mtp)
+            if key not in references:
+                references[key] = _reference(layout, variation)
+            cells: list[RankCell] = run_ranks(
+                run_cell, layout.ranks, layout, variation, FLOAT64_STEPS, timeout_s=TIMEOUT_S
+            )
+            outcome = judge(layout, variation, cells, references[key])
+            line = _line(outcome, time.monotonic() - started)
+        except (DisagreementError, AssertionError) as error:
+            line = Line(f"{layout.name:32} {variation.name:35} FAIL: {error}", passes=False)
+        yield line
+
+
+def _reference(layout: Layout, variation: Variation) -> Reference:
+    """One rank, nothing recomputed."""
+    alone = Layout(1, memory_layers=layout.memory_layers)
+    plain = Variation(variation.packed, "none", variation.mtp)
+    (reference,) = run_ranks(run_reference, 1, alone, plain, timeout_s=TIMEOUT_S)
+    assert isinstance(reference, Reference)
+    return reference
+
+
+def _line(outcome: Outcome, seconds: float) -> Line:
+    documents = "-" if outcome.documents is None else f"{outcome.documents:.1e}"
+    text = (
+        f"{outcome.layout.name:32} {outcome.variation.name:35} {outcome.loss:8.1e} {documents:>8} {outcome.norm:8.1e} "
+        f"{outcome.gradient.value:8.1e} {outcome.update.value:8.1e}   {outcome.float32_drift.value:10.1e} "
+        f"{outcome.float32_bound:8.1e}  {outcome.bfloat16_loss:9.1e}  {seconds:5.1f}"
+    )
+    if not outcome.passes:
+        worst = max(outcome.gradient, outcome.update)
+        text += f"  FAIL: {worst.where} differs most, in float32 {outcome.float32_drift.where}"
+    return Line(text, outcome.passes)
