@@ -29,9 +29,7 @@ def _build(layout: Layout, dtype: str) -> tuple[Any, Any]:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    config = small_config(
-        dtype, tensor=layout.tensor, expert=layout.expert, distributed_optimizer=layout.distributed
-    )
+    config = small_config(dtype, tensor=layout.tensor, expert=layout.expert, distributed_optimizer=layout.distributed)
     model = build_small_gpt(config)
     return model, build_backbone_optimizer([model], config)
 

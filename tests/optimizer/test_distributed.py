@@ -196,7 +196,7 @@ def test_each_replica_holds_its_share_of_the_state_and_no_other(layout: Layout) 
     assert max(bytes_of_rank) < 1.35 * stored / layout.ranks
 
 
-def test_row_shares_and_idle_replicas_do_occur() -> None:
+def test_rows_of_the_vocabulary_are_shared() -> None:
     (whole, _), *_ = _runs(Layout(1))
     assert all("[" not in name for name in whole.state)
     for layout in (Layout(4), Layout(4, tensor=2)):
