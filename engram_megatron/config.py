@@ -381,6 +381,7 @@ class RunConfig:
         """Raise `UsageError` where the layout, the batch or the experts do not divide over `world_size` ranks."""
         data_ranks = self.parallel.data(world_size)
         self.training.num_microbatches(data_ranks)
+        self._check_context()
         if self.model.moe is not None:
             check(
                 self.model.moe.num_experts % self.parallel.expert == 0,
@@ -396,6 +397,16 @@ class RunConfig:
             self.model.num_layers % self.parallel.pipeline == 0,
             f"model.num_layers = {self.model.num_layers} is not divisible by parallel.pipeline = "
             f"{self.parallel.pipeline}",
+        )
+
+    def _check_context(self) -> None:
+        """Under context parallelism a rank holds an early and a late piece of every sequence."""
+        parallel, length = self.parallel, self.data.sequence_length
+        pieces = 2 * parallel.context * parallel.tensor
+        check(
+            parallel.context == 1 or length % pieces == 0,
+            f"data.sequence_length = {length} is not divisible by 2 * parallel.context * parallel.tensor = "
+            f"2 * {parallel.context} * {parallel.tensor} = {pieces}",
         )
 
     def _divided_over_tensor_ranks(self) -> dict[str, int]:

@@ -15,8 +15,8 @@ TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": 
 def backbone_config(config: RunConfig) -> MLATransformerConfig:
     """megatron-core's config of the backbone.
 
-    Pretraining uses plain RoPE: megatron-core's MLA default is YaRN with factor 40, and its softmax scale reads the
-    factor even under `rope`, so it is set to 1 here. Weights are initialised by `initialization`, not by
+    Rotary angles are `rotary_embedding`'s; of YaRN megatron-core hears what its softmax scale reads, which are 1 and 0
+    for plain RoPE (its defaults would scale). Weights are initialised by `initialization`, not by
     megatron-core, so that they do not depend on the layout.
     """
     model, attention, parallel = config.model, config.model.attention, config.parallel
@@ -33,13 +33,8 @@ def backbone_config(config: RunConfig) -> MLATransformerConfig:
         qk_pos_emb_head_dim=attention.rope_head_dim,
         v_head_dim=attention.value_head_dim,
         qk_layernorm=True,
-        rope_type=attention.rope,
-        rotary_base=attention.rope_theta,
+        rope_type="rope",
         rotary_scaling_factor=attention.yarn_scale if yarn else 1.0,
-        original_max_position_embeddings=attention.yarn_original_length,
-        beta_fast=attention.yarn_beta_fast,
-        beta_slow=attention.yarn_beta_slow,
-        mscale=attention.yarn_mscale if yarn else 1.0,
         mscale_all_dim=attention.yarn_mscale_all_dim if yarn else 0.0,
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,

@@ -34,11 +34,13 @@ class EngramModel(GPTModel):
     ) -> Tensor:
         """Logits [B, T, V / tensor] of the model's last chunk, hidden states [T / tensor, B, M*C] of the others.
 
+        T counts the positions of this context rank (see `sequence_partition`), in document ids all positions.
+
         Args:
             tokens_BT: int64 ids.
             document_ids_BT: int32, equal numbers are one document, attention stays inside; None: one document.
-            memory_LTBE: rows of every Engram layer of this chunk, heads side by side, of this tensor rank's T / tensor
-                consecutive positions; None without Engram.
+            memory_LTBE: rows of every Engram layer of this chunk, heads side by side, of this rank's T / tensor
+                positions; None without Engram.
             memory_document_ids_BT: where the convolution restarts; None: it runs across documents.
         """
         output: Tensor = super().forward(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engram_kernels.reference import engram_gate, short_conv
 from engram_megatron.model.halo import left_halo
+from engram_megatron.model.sequence_partition import SequencePartition
 
 
 class ConstantWeight(nn.Module):
@@ -41,9 +42,9 @@ class EngramLayer(nn.Module):
     of the compute type. Give the convolution a real epsilon (the demo's is 1e-5) if memory can be exactly zero: see
     `engram_kernels.reference.short_conv`.
 
-    Under sequence parallelism every rank of `sequence_group` holds the parameters whole and an equal slice of the
-    sequence; the convolution takes what it needs of earlier slices from the ranks that hold them. The caller sums the
-    parameters' gradients over the group.
+    Under sequence and context parallelism every rank of `sequence_group` holds the parameters whole and its share of
+    the sequence, as `partition` says; the convolution takes what it needs of earlier positions from the ranks that hold
+    them. The caller sums the parameters' gradients over the group.
 
     `last_gate_mean`: mean gate of each stream over the last forward's tokens of this rank, float32 [M], detached, on
     the layer's device; None before the first forward and without the gate.
@@ -65,6 +66,7 @@ class EngramLayer(nn.Module):
         init_std: float,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        partition: SequencePartition | None = None,
         sequence_group: dist.ProcessGroup | None = None,
     ) -> None:
         """`init_std` is that of the key and value projection. On a device other than "meta" parameters are set."""
@@ -75,6 +77,7 @@ class EngramLayer(nn.Module):
         self.norm_eps = norm_eps
         self.conv_norm_eps = conv_norm_eps
         self.init_std = init_std
+        self.partition = partition or SequencePartition()
         self.sequence_group = sequence_group
         self.last_gate_mean: Tensor | None = None
         outputs = hidden_size * (1 + num_streams) if gate else hidden_size
@@ -103,9 +106,9 @@ class EngramLayer(nn.Module):
     def forward(self, hidden_TBMC: Tensor, memory_TBE: Tensor, document_ids_BT: Tensor | None) -> Tensor:
         """The update_TBMC that the caller adds to the residual streams, in memory's dtype.
 
-        `document_ids_BT` (integers, equal neighbours = same document) keeps the convolution within documents; None
-        lets it see the whole sequence. With a `sequence_group`, T is this rank's slice in everything but
-        `document_ids_BT`, which are those of the whole sequence.
+        `document_ids_BT` (integers, equal neighbours = same document, none negative) keeps the convolution within
+        documents; None lets it see the whole sequence. With a `sequence_group`, T is this rank's share in everything
+        but `document_ids_BT`, which are those of the whole sequence.
         """
         T, B, M, C = hidden_TBMC.shape
         assert (self.num_streams, self.hidden_size) == (M, C)
@@ -121,7 +124,14 @@ class EngramLayer(nn.Module):
             gated_TBMC = value_TBC.unsqueeze(2).expand(T, B, M, C)
         if self.norm_conv is None or self.short_conv is None:
             return gated_TBMC
-        halo, seen_TBMC, seen_ids_BT = self._with_halo(gated_TBMC, document_ids_BT)
+        return gated_TBMC + self._convolve(gated_TBMC, document_ids_BT)
+
+    def _convolve(self, gated_TBMC: Tensor, document_ids_BT: Tensor | None) -> Tensor:
+        """The convolution's branch. Pieces of a divided sequence are convolved as if they were sequences."""
+        assert self.norm_conv is not None
+        assert self.short_conv is not None
+        reach = 0 if self.sequence_group is None else (self.short_conv.weight.shape[-1] - 1) * self.conv_dilation
+        seen_TBMC, seen_ids_BT = self._with_halo(gated_TBMC, document_ids_BT, reach)
         convolved_TBMC = short_conv(
             seen_TBMC,
             self.norm_conv.weight,
@@ -130,22 +140,30 @@ class EngramLayer(nn.Module):
             self.conv_dilation,
             seen_ids_BT,
         )
-        return gated_TBMC + convolved_TBMC[halo:]
+        pieces_TPBMC: Tensor = convolved_TBMC[reach:].unflatten(1, (self.partition.num_pieces, -1))
+        return pieces_TPBMC.transpose(0, 1).flatten(0, 1)
 
-    def _with_halo(self, gated_TBMC: Tensor, document_ids_BT: Tensor | None) -> tuple[int, Tensor, Tensor | None]:
-        """(number of positions put before this rank's slice, the slice with them, document ids of both).
-
-        The halo is as long as the convolution reaches, or shorter where the sequence starts: what is not in it counts
-        as zero there. A document that began before the halo looks as if it began with it, out of every tap's reach.
-        """
+    def _with_halo(
+        self, gated_TBMC: Tensor, document_ids_BT: Tensor | None, reach: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The pieces of this rank's share side by side in the dimension of sequences, each behind the `reach` positions
+        before it, and the document ids of both."""
         if self.sequence_group is None:
-            return 0, gated_TBMC, document_ids_BT
-        assert self.short_conv is not None
-        T, rank = gated_TBMC.shape[0], self.sequence_group.rank()
-        reach = (self.short_conv.weight.shape[-1] - 1) * self.conv_dilation
-        halo_TBMC = left_halo(gated_TBMC, reach, self.sequence_group)
-        halo = halo_TBMC.shape[0]
-        if document_ids_BT is not None:
-            assert document_ids_BT.shape[1] == T * self.sequence_group.size()
-            document_ids_BT = document_ids_BT[:, rank * T - halo : (rank + 1) * T]
-        return halo, torch.cat([halo_TBMC, gated_TBMC]), document_ids_BT
+            return gated_TBMC, document_ids_BT
+        halo_HPBMC = left_halo(gated_TBMC, reach, self.partition, self.sequence_group)
+        pieces_TPBMC = gated_TBMC.unflatten(0, (self.partition.num_pieces, -1)).transpose(0, 1)
+        ids = None if document_ids_BT is None else self._ids_with_halo(document_ids_BT, reach)
+        return torch.cat([halo_HPBMC, pieces_TPBMC]).flatten(1, 2), ids
+
+    def _ids_with_halo(self, document_ids_BT: Tensor, reach: int) -> Tensor:
+        """Document ids [P * B, reach + length of a piece] of the pieces and what stands before them.
+
+        A document that began before the halo looks as if it began with it, out of every tap's reach. Positions before
+        the sequence belong to no document.
+        """
+        assert self.sequence_group is not None
+        length = document_ids_BT.shape[1]
+        padded = torch.nn.functional.pad(document_ids_BT, (reach, 0), value=-1)
+        size = reach + self.partition.block_length(length)
+        starts = self.partition.piece_starts(length, self.sequence_group.rank())
+        return torch.cat([padded[:, start : start + size] for start in starts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
-from engram_megatron.model.core_attention import SdpaCoreAttention
+from engram_megatron.model.core_attention import CausalCoreAttention
 from engram_megatron.model.latent_attention import LatentSelfAttention
 from engram_megatron.model.pipeline_layout import chunk_memory_layers
 from engram_megatron.model.rms_norm import RMSNorm
+from engram_megatron.model.router import SigmoidRouter
 from engram_megatron.model.transformer_layer import EngramSubmodules, EngramTransformerLayer
 
 
@@ -49,14 +51,14 @@ def _layer(config: RunConfig, memory_layers: tuple[int, ...], *, is_dense: bool)
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     attention = ModuleSpec(
         module=LatentSelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, "attention": config.model.attention},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
             linear_q_down_proj=column,
             linear_q_up_proj=column,
             linear_kv_down_proj=column,
             linear_kv_up_proj=column,
-            core_attention=SdpaCoreAttention,
+            core_attention=CausalCoreAttention,
             linear_proj=row,
             q_layernorm=norm,  # built only when queries are compressed
             kv_layernorm=norm,
@@ -66,7 +68,9 @@ def _layer(config: RunConfig, memory_layers: tuple[int, ...], *, is_dense: bool)
         feed_forward = partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
     else:
         assert config.model.moe is not None
-        feed_forward = get_moe_module_spec_for_backend(backend, num_experts=config.model.moe.num_experts)
+        experts = get_moe_module_spec_for_backend(backend, num_experts=config.model.moe.num_experts)
+        parts = replace(experts.keywords["submodules"], router=SigmoidRouter)
+        feed_forward = partial(experts.func, submodules=parts)
     return ModuleSpec(
         module=EngramTransformerLayer,
         submodules=EngramSubmodules(

@@ -9,9 +9,10 @@ the embedding, the last one contracts. The rows of memory reach the block as meg
 `context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that recomputation and interleaved
 microbatches cannot mix them up.
 
-Under sequence parallelism (wherever tensor > 1) a rank holds T / tensor consecutive positions of hidden states and
-memory; document ids are always those of the whole sequence, which attention sees. All that stands here works on single
-positions; attention, feed-forward and the convolution fetch what they need of others.
+Under context and sequence parallelism (the latter wherever tensor > 1) a rank holds the T / (context * tensor)
+positions of hidden states and memory that `sequence_partition` gives it; document ids are always those of the whole
+sequence, which attention sees. All that stands here works on single positions; attention, feed-forward and the
+convolution fetch what they need of others.
 
 Shape legend: L Engram layers of this chunk, E memory width, others as in `hyper_connection`; T is this rank's share of
 the sequence, except in document ids.
@@ -37,6 +38,7 @@ from engram_megatron.model.hyper_connection import (
     expand_streams,
     stream_cosine,
 )
+from engram_megatron.model.sequence_partition import SequencePartition
 
 
 @dataclass
@@ -147,6 +149,8 @@ def _build_mhc(mhc: HyperConnectionConfig, config: Any, layer_number: int) -> Hy
 
 
 def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> EngramLayer:
+    partition = SequencePartition(context=config.context_parallel_size, tensor=config.tensor_model_parallel_size)
+    divided = partition.num_ranks > 1
     layer = EngramLayer(
         hidden_size=config.hidden_size,
         memory_dim=engram.memory_dim,
@@ -161,7 +165,8 @@ def _build_engram(engram: EngramConfig, config: Any, num_streams: int) -> Engram
         init_std=config.init_method_std,
         dtype=config.params_dtype,
         device=platform.device(),
-        sequence_group=parallel_state.get_tensor_model_parallel_group() if config.sequence_parallel else None,
+        partition=partition,
+        sequence_group=parallel_state.get_tensor_and_context_parallel_group() if divided else None,
     )
     for parameter in layer.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -95,6 +95,20 @@ class BackboneOptimizer:
             part.main.grad = part.tensor.parameter.main_grad  # type: ignore[attr-defined]
 
     @torch.no_grad()
+    def whole_gradients(self) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """The prepared gradient of each parameter of this rank, in its shape, for those who compare layouts: training
+        needs it nowhere. A copy, collected from the owners, a collective, where the optimizer is distributed."""
+        if self._shards is None:
+            return {part.tensor.parameter: part.main.grad for part in self._parts}  # type: ignore[misc]
+        whole = {tensor.parameter: torch.zeros_like(tensor.parameter.main_grad) for tensor in self._tensors}  # type: ignore[attr-defined]
+        for part in self._parts:
+            assert part.main.grad is not None, "whole_gradients() before prepare_gradients()"
+            whole[part.tensor.parameter][part.first_row : part.end_row] = part.main.grad
+        for tensor in self._tensors:
+            dist.all_reduce(whole[tensor.parameter], group=tensor.replica_group)
+        return whole
+
+    @torch.no_grad()
     def gradient_norm_squared(self) -> float:
         """Sum of squares of all gradients of the whole model, each parameter counted once. float64; a collective.
 

@@ -31,6 +31,13 @@ class BackboneTensor:
         """Whether gradients are reduced over the experts' data-parallel group (Megatron's mark)."""
         return is_expert(self.parameter)
 
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same part of the tensor."""
+        if self.is_expert:
+            return parallel_state.get_expert_data_parallel_group()
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
     """Megatron's mark of a routed expert's parameter."""
@@ -77,7 +84,7 @@ class UpdatedPart:
 
     def __init__(self, tensor: BackboneTensor, first_row: int, end_row: int, *, is_only_owner: bool):
         self.tensor = tensor
-        self.first_row = first_row
+        self.first_row, self.end_row = first_row, end_row
         self.is_only_owner = is_only_owner
         self.weight = tensor.parameter.detach()[first_row:end_row]
         self.has_master = self.weight.dtype == torch.bfloat16

@@ -43,7 +43,8 @@ class ReplicaShards:
             ]
             if not buffers:
                 continue
-            group = buffers[0].data_parallel_group
+            group = tensors[numbers[0]].replica_group
+            assert all(buffer.data_parallel_group == group for buffer in buffers)
             pieces = _pieces([tensors[number] for number in numbers], group.size())
             mine = {
                 piece: UpdatedPart(tensors[number], piece.first_row, piece.end_row, is_only_owner=True)

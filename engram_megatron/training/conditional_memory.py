@@ -1,8 +1,8 @@
 """The memory of a run: from token ids to rows in the model, and from gradients to updated rows.
 
-Shape legend: N microbatches, B sequences, T positions, S = T / tensor positions of this tensor rank's share, L Engram
-layers of this pipeline rank's chunks (all but those of the docstrings that say "of the chunk"), H heads of a layer, D
-row_dim, E = H * D memory width.
+Shape legend: N microbatches, B sequences, T positions, S = T / (context * tensor) positions of this rank's share,
+L Engram layers of this pipeline rank's chunks (all but those of the docstrings that say "of the chunk"), H heads of a
+layer, D row_dim, E = H * D memory width.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class ConditionalMemory:
     def start(self, batches: Sequence[Batch]) -> PendingRows:
         """Hash the microbatches of a step and begin to fetch their distinct rows. Collective over all ranks.
 
-        Tensor ranks hash whole sequences, because windows cross the borders of their shares, and ask for the rows of
-        their own positions only: each position is asked for, and returns its gradient, once. Pipeline ranks ask for the
-        layers that stand on them; one without any takes part as an owner of rows.
+        Tensor and context ranks hash whole sequences, because windows cross the borders of their shares, and ask for
+        the rows of their own positions only: each position is asked for, and returns its gradient, once. Pipeline ranks
+        ask for the layers that stand on them; one without any takes part as an owner of rows.
         """
         return self.lookup.start(np.stack([self._row_ids(batch) for batch in batches]))
 
@@ -69,10 +69,7 @@ class ConditionalMemory:
         """Row ids int64 [L, B, S, H]."""
         rows_LBTH = self.hasher.rows(batch.tokens, batch.document_ids if self.engram.cut_at_documents else None)
         rows_LBTH = rows_LBTH[[layer for layers in self.chunks for layer in layers]]
-        share, rest = divmod(rows_LBTH.shape[2], self.ranks.tensor_ranks)
-        assert rest == 0, (rows_LBTH.shape, self.ranks.tensor_ranks)
-        first = self.ranks.tensor_rank * share
-        return rows_LBTH[:, :, first : first + share]
+        return rows_LBTH[:, :, self.ranks.memory_positions(rows_LBTH.shape[2])]
 
     def of_microbatch(self, rows: UniqueRows, index: int, chunk: int = 0) -> torch.Tensor | None:
         """Memory [L of the chunk, S, B, E] of microbatch `index`, in the model's dtype, differentiable back to the

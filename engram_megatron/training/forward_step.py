@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engram_data.batch import Batch
@@ -21,8 +22,9 @@ from engram_megatron.model.loss import token_loss_sum
 class Microbatch:
     """What the model needs for B sequences of T tokens, on its device.
 
+    Tokens, labels and loss mask are of the T / context positions of this context rank, document ids of all.
     `document_ids_BT` None: attention sees the whole sequence. `memory_document_ids_BT` None: the convolution runs
-    across documents. `memory_LTBE` holds T / tensor positions, this tensor rank's share; None: a model without Engram.
+    across documents. `memory_LTBE` holds this rank's T / (context * tensor) positions; None: a model without Engram.
     """
 
     tokens_BT: Tensor
@@ -34,18 +36,26 @@ class Microbatch:
 
 
 def make_microbatch(
-    batch: Batch, memory_LTBE: Tensor | None, *, separate_documents: bool, cut_memory_at_documents: bool
+    batch: Batch,
+    memory_LTBE: Tensor | None,
+    *,
+    separate_documents: bool,
+    cut_memory_at_documents: bool,
+    positions: NDArray[np.int64] | slice = slice(None),
 ) -> Microbatch:
-    """A `Batch` of numpy arrays and its memory as tensors on the model's device."""
+    """A `Batch` of numpy arrays and its memory as tensors on the model's device.
+
+    `positions`: those whose tokens, labels and loss this context rank computes, all by default.
+    """
 
     def to_device(array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(platform.device())
 
     document_ids = to_device(batch.document_ids) if separate_documents or cut_memory_at_documents else None
     return Microbatch(
-        tokens_BT=to_device(batch.tokens),
-        labels_BT=to_device(batch.labels),
-        loss_mask_BT=to_device(batch.loss_mask),
+        tokens_BT=to_device(batch.tokens[:, positions]),
+        labels_BT=to_device(batch.labels[:, positions]),
+        loss_mask_BT=to_device(batch.loss_mask[:, positions]),
         document_ids_BT=document_ids if separate_documents else None,
         memory_document_ids_BT=document_ids if cut_memory_at_documents else None,
         memory_LTBE=memory_LTBE,

@@ -11,9 +11,7 @@ def check_layout_is_supported(config: RunConfig, world_size: int) -> None:
     if world_size < 1:
         raise UsageError(f"number of ranks = {world_size} must be at least 1")
     config.validate_layout(world_size)
-    parallel = config.parallel
     not_yet = {
-        f"parallel.context = {parallel.context}": parallel.context != 1,
         f"training.recompute = {config.training.recompute}": config.training.recompute != "none",
         f"model.mtp.num_layers = {config.model.mtp.num_layers}": config.model.mtp.num_layers != 0,
     }

@@ -6,13 +6,16 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from numpy.typing import NDArray
 
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
+from engram_megatron.model.sequence_partition import SequencePartition
 from engram_megatron.training.layout_support import check_layout_is_supported
 
 
@@ -26,6 +29,8 @@ class Ranks:
     data_ranks: int
     tensor_rank: int
     tensor_ranks: int
+    context_rank: int
+    context_ranks: int
     pipeline_rank: int
     pipeline_ranks: int
     host_group: dist.ProcessGroup
@@ -33,6 +38,18 @@ class Ranks:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def token_positions(self, length: int) -> NDArray[np.int64]:
+        """Which of `length` positions this context rank computes, in its order: tokens, labels, logits."""
+        return self._partition.context_positions(length, self.context_rank)
+
+    def memory_positions(self, length: int) -> NDArray[np.int64]:
+        """Which of them this rank's hidden states and memory are of, in its order."""
+        return self._partition.positions(length, self.context_rank * self.tensor_ranks + self.tensor_rank)
+
+    @property
+    def _partition(self) -> SequencePartition:
+        return SequencePartition(context=self.context_ranks, tensor=self.tensor_ranks)
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -78,17 +95,22 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
     timeout = timedelta(seconds=config.parallel.collective_timeout_s)
     host_group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(host_group, dist.ProcessGroup)
-    return Ranks(
+    ranks = Ranks(
         rank=rank,
         world_size=world_size,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_ranks=parallel_state.get_data_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_ranks=parallel_state.get_tensor_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_ranks=parallel_state.get_context_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
         host_group=host_group,
     )
+    sequence_rank = parallel_state.get_tensor_and_context_parallel_rank()
+    assert sequence_rank == ranks.context_rank * ranks.tensor_ranks + ranks.tensor_rank, "as SequencePartition counts"
+    return ranks
 
 
 def close() -> None:
@@ -106,7 +128,8 @@ def sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
 
 
 def once_per_replica(values: list[float], ranks: Ranks) -> list[float]:
-    """What this rank adds to `sum_over_ranks` of values that all tensor ranks of a data replica hold alike: the first
-    one all, the others nothing. A value that is not finite stays so on every rank, wherever it arose."""
+    """What this rank adds to `sum_over_ranks` of values of its context rank's positions, which all tensor ranks hold
+    alike: the first of them all, the others nothing. A value that is not finite stays so on every rank, wherever it
+    arose."""
     share = 1.0 if ranks.tensor_rank == 0 else 0.0
     return [value * share for value in values]

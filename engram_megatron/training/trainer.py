@@ -158,6 +158,7 @@ class Trainer:
                 memory_LTBE,
                 separate_documents=self.config.data.separate_documents,
                 cut_memory_at_documents=engram is not None and engram.cut_at_documents,
+                positions=self.ranks.token_positions(self.config.data.sequence_length),
             )
 
     def _update(self, step: int, rows: UniqueRows | None, num_tokens: int, learning_rate: float) -> float:

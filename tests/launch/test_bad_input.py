@@ -91,7 +91,7 @@ def refused(
         (["parallel.expert=3"], ["2 * 1 * 1 = 2", "expert = 3"]),
         (["parallel.tensor=3"], ["world size 2", "3 * 1 * 1 = 3"]),
         (["training.global_batch_size=6"], ["global_batch_size = 6", "2 * 2 = 4"]),
-        (["parallel.context=2", "--nproc-per-node", "2"], ["parallel.context = 2"]),
+        (["parallel.context=2", "data.sequence_length=66"], ["data.sequence_length = 66", "2 * 2 * 1 = 4"]),
         (["parallel.tensor=2", "data.sequence_length=63"], ["data.sequence_length = 63", "parallel.tensor = 2"]),
         (["--nproc-per-node=0"], ["number of ranks = 0"]),
         (["optimizer.warmup_steps=100"], ["optimizer.warmup_steps = 100", "training.num_steps = 6"]),

@@ -42,6 +42,21 @@ def test_size_of_a_part_that_the_model_lacks_does_not_matter(unused: tuple[str, 
     check_layout_is_supported(small_run_config(overrides=overrides), 4)
 
 
-def test_dimension_that_is_not_trained_yet_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"parallel\.context = 2: this version does not train with it yet"):
-        check_layout_is_supported(small_run_config(overrides=["parallel.context=2"]), 2)
+@pytest.mark.parametrize(("context", "tensor", "world_size"), [(2, 1, 2), (4, 1, 4), (2, 2, 8), (2, 3, 6), (3, 1, 3)])
+def test_sequence_that_context_ranks_can_share_is_accepted(context: int, tensor: int, world_size: int) -> None:
+    sizes = [
+        "model.attention.num_heads=6",
+        "model.vocab_size=204",
+        "model.moe.expert_ffn_size=18",
+    ]  # what three tensor ranks can share
+    overrides = [f"parallel.context={context}", f"parallel.tensor={tensor}", *sizes, "training.global_batch_size=8"]
+    check_layout_is_supported(small_run_config(overrides=overrides), world_size)
+
+
+@pytest.mark.parametrize(("context", "tensor", "length"), [(2, 1, 26), (2, 2, 20), (4, 2, 24), (2, 3, 30)])
+def test_sequence_that_context_ranks_cannot_share_is_named(context: int, tensor: int, length: int) -> None:
+    overrides = [f"parallel.context={context}", f"parallel.tensor={tensor}", f"data.sequence_length={length}"]
+    pieces = 2 * context * tensor
+    told = rf"sequence_length = {length} is not divisible by 2 \* parallel.context \* parallel.tensor = .* = {pieces}$"
+    with pytest.raises(UsageError, match=told):
+        check_layout_is_supported(small_run_config(overrides=overrides), context * tensor)

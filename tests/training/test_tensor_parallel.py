@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from dense_run import dense_run, expert_biases, largest_difference, live, relative_difference, whole_table
+from dense_run import dense_run, largest_difference, live, relative_difference, whole_table
+from layout_run import train, whole
 from ranks import run_ranks
-from small_run import LENGTH, build_small_run, global_batch, microbatches, numbers, small_run_config
+from small_run import LENGTH, global_batch, small_run_config
 
 STEPS = 3
 # See test_against_dense_model for what enlarges float64's 1e-16 to less than this.
@@ -48,65 +49,17 @@ LAYOUTS = [
 ]
 
 
-class Shard(NamedTuple):
-    """A rank's part of a tensor: `dim` None where the tensor is whole."""
-
-    values: np.ndarray[Any, Any]
-    dim: int | None
-    tensor_rank: int
-
-
-def _train(rank: int, world_size: int, config: Any) -> dict[str, Any]:
-    from engram_megatron.model.parameter_names import global_named_parameters
-    from engram_megatron.model.tensor_shard import partition_dim
-
-    run = build_small_run(config, rank, world_size)
-    layout, ranks = run.memory.lookup.layout, run.ranks
-    applied: dict[str, Any] = {}
-    memory_step, start = run.memory.step, run.memory.lookup.start
-
-    def record_step(gradients: Any, learning_rate: float, scale: float) -> None:
-        applied["rows"] = (layout.global_row(rank, gradients.local_rows), gradients.gradients * scale)
-        memory_step(gradients, learning_rate, scale)
-
-    def record_start(ids: Any) -> Any:
-        applied["ids"] = ids.copy()
-        return start(ids)
-
-    run.memory.step, run.memory.lookup.start = record_step, record_start
-
-    def shards(gradients: bool) -> dict[str, Shard]:
-        return {
-            name: Shard(numbers(p.main_grad if gradients else p), partition_dim(p), ranks.tensor_rank)
-            for name, p in global_named_parameters(run.chunks)
-        }
-
-    initial, steps = shards(gradients=False), []
-    for step in range(STEPS):
-        batch = global_batch(step, separate_documents=config.data.separate_documents)
-        mine = microbatches(batch, ranks.data_rank, ranks.data_ranks)
-        result = run.trainer.train_step(step, mine, stop_requested=False)
-        after = shards(gradients=False)
-        steps.append({"result": result, "gradient": shards(gradients=True), "parameters": after, **applied})
-    owned = layout.global_row(rank, np.arange(run.memory.shard.num_rows))
-    return {
-        "initial": initial,
-        "steps": steps,
-        "table": (owned, run.memory.shard.weight.copy()),
-        "expert_bias": expert_biases(run.chunks),
-    }
-
-
 def _config(variant: str, *overrides: str) -> Any:
     return small_run_config("float64", [*VARIANTS[variant], *overrides])
 
 
 def _layouts(rank: int, world_size: int) -> dict[Layout, dict[str, Any]]:
     return {
-        layout: _train(
+        layout: train(
             rank,
             world_size,
             _config(layout.variant, f"parallel.tensor={layout.tensor}", f"parallel.expert={layout.expert}"),
+            STEPS,
         )
         for layout in [*LAYOUTS, Layout(1, 1, 1), Layout(1, 1, 1, "one stream of text")]
         if layout.ranks == world_size
@@ -136,30 +89,9 @@ def _dense() -> dict[tuple[str, int], dict[str, Any]]:
     return run_ranks(_references, 1)[0]
 
 
-def _whole(parts: list[dict[str, Shard]]) -> dict[str, np.ndarray[Any, Any]]:
-    """The global tensors. What several ranks hold must be bit-identical on them."""
-    by_name: dict[str, dict[int, Shard]] = {}
-    for part in parts:
-        for name, shard in part.items():
-            place = 0 if shard.dim is None else shard.tensor_rank
-            first = by_name.setdefault(name, {}).setdefault(place, shard)
-            np.testing.assert_array_equal(first.values, shard.values, err_msg=name)
-    whole = {}
-    for name, places in by_name.items():
-        values, dim = [places[place].values for place in sorted(places)], places[0].dim
-        if dim is None:
-            whole[name] = values[0]
-        elif name.endswith("linear_fc1.weight"):  # each rank: its gate rows, then its up rows
-            halves = [np.split(value, 2) for value in values]
-            whole[name] = np.concatenate([half[i] for i in (0, 1) for half in halves])
-        else:
-            whole[name] = np.concatenate(values, axis=dim)
-    return whole
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_initial_weights_are_those_of_one_rank(layout: Layout) -> None:
-    initial = _whole([rank["initial"] for rank in _run(layout)])
+    initial = whole([rank["initial"] for rank in _run(layout)])
     expected = _dense()[layout.variant, 1]["initial"]
     assert set(initial) == set(expected)
     for name, value in expected.items():
@@ -175,7 +107,7 @@ def test_loss_norm_and_every_gradient_equal_those_of_one_rank(layout: Layout) ->
             assert one["result"].loss == pytest.approx(expected["loss"], rel=FLOAT64)
             assert one["result"].gradient_norm == pytest.approx(expected["norm"], rel=FLOAT64)
             assert one["result"].num_tokens == expected["num_tokens"]
-        gradient = _whole([one["gradient"] for one in of_ranks])
+        gradient = whole([one["gradient"] for one in of_ranks])
         assert largest_difference(live(gradient), live(expected["gradient"])) < FLOAT64
         table = whole_table([one["rows"] for one in of_ranks], expected["table_gradient"], 0.0)
         assert relative_difference(table, expected["table_gradient"]) < FLOAT64
@@ -185,7 +117,7 @@ def test_loss_norm_and_every_gradient_equal_those_of_one_rank(layout: Layout) ->
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_optimizer_steps_lead_where_those_of_one_rank_lead(layout: Layout, steps: int) -> None:
     ranks, expected = _run(layout), _dense()[layout.variant, steps]
-    parameters = _whole([rank["steps"][steps - 1]["parameters"] for rank in ranks])
+    parameters = whole([rank["steps"][steps - 1]["parameters"] for rank in ranks])
     assert largest_difference(live(parameters), live(expected["parameters"])) < FLOAT64
     if steps == STEPS:
         table = whole_table([rank["table"] for rank in ranks], expected["table"], np.nan)
@@ -199,17 +131,17 @@ def test_two_tensor_ranks_ask_for_the_rows_of_one(variant: str) -> None:
     """Position by position, in every step: nothing twice, nothing left out."""
     one, two = _run(Layout(1, 1, 1, variant))[0]["steps"], [r["steps"] for r in _run(Layout(2, 2, 1, variant))]
     for step in range(STEPS):
-        whole, parts = one[step], [steps[step] for steps in two]
+        at_once, parts = one[step], [steps[step] for steps in two]
         ids_NLBTH = np.concatenate([part["ids"] for part in parts], axis=3)
-        np.testing.assert_array_equal(ids_NLBTH, whole["ids"])
-        assert whole["ids"].shape[3] == LENGTH
+        np.testing.assert_array_equal(ids_NLBTH, at_once["ids"])
+        assert at_once["ids"].shape[3] == LENGTH
         asked = [part["result"].gather for part in parts]
-        assert sum(gather.lookups for gather in asked) == whole["result"].gather.lookups == whole["ids"].size
+        assert sum(gather.lookups for gather in asked) == at_once["result"].gather.lookups == at_once["ids"].size
         # A row that both halves of the sequences use is asked for by both, any other by one of them.
         distinct = [set(part["ids"].ravel().tolist()) for part in parts]
         assert [gather.unique_rows for gather in asked] == [len(rows) for rows in distinct]
         in_both = len(distinct[0] & distinct[1])
-        assert sum(gather.unique_rows for gather in asked) == whole["result"].gather.unique_rows + in_both
+        assert sum(gather.unique_rows for gather in asked) == at_once["result"].gather.unique_rows + in_both
         # The gradients come back on the same way: as many bytes as rows that crossed the wire.
         assert sum(g.gradient_bytes_sent for g in asked) == sum(g.row_bytes_received for g in asked)
 

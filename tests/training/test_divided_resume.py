@@ -1,5 +1,5 @@
-"""Checkpoints of a run on two tensor ranks: a broken-off run goes on bit for bit, and another layout can start from the
-weights."""
+"""Checkpoints of runs on two tensor or two context ranks: a broken-off run goes on bit for bit, and another layout can
+start from the weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from tiny_run import Start, backbone, metrics, run_starts, tables, tiny_config, 
 LAST = "checkpoints/step_00000004"
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+@pytest.fixture(scope="module", params=["tensor", "context"])
+def runs(
+    request: pytest.FixtureRequest, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any]]:
     """Four steps at once in `straight`; two, then two more in `broken`; `whole` starts on two data replicas from the
     weights of `straight`. Returns (folder, summaries of rank 0)."""
     folder = tmp_path_factory.mktemp("runs")
     common = ("training.num_steps=4", "checkpoint.every_steps=0")
     # The first with experts on both ranks; bfloat16 keeps master weights, which are divided as the weights are.
-    tensor = (*common, "parallel.tensor=2", "parallel.expert=2", "training.dtype=bfloat16")
-    straight, broken = (tiny_config(tiny_corpus, folder / name, *tensor) for name in ("straight", "broken"))
+    divided = (*common, f"parallel.{request.param}=2", "parallel.expert=2", "training.dtype=bfloat16")
+    straight, broken = (tiny_config(tiny_corpus, folder / name, *divided) for name in ("straight", "broken"))
     init = f"checkpoint.init_from={folder / 'straight' / LAST}"
     whole = tiny_config(tiny_corpus, folder / "whole", *common, "parallel.expert=1", "training.dtype=bfloat16", init)
     starts = [Start(straight), Start(broken, stop_after=2), Start(broken, resume=True), Start(whole, stop_after=0)]

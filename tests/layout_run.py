@@ -1,0 +1,82 @@
+"""One rank's part of a whole training run under any layout, and global tensors put together from all ranks' parts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from dense_run import expert_biases
+from small_run import build_small_run, global_batch, microbatches, numbers
+
+
+class Shard(NamedTuple):
+    """A rank's part of a tensor: `dim` None where the tensor is whole."""
+
+    values: np.ndarray[Any, Any]
+    dim: int | None
+    tensor_rank: int
+
+
+def train(rank: int, world_size: int, config: Any, num_steps: int) -> dict[str, Any]:
+    """Inside a rank function: "initial" parameters; "steps", each with its "result", "gradient" (clipped and divided as
+    the optimizer takes it), "parameters" afterwards, "rows" and gradients of the own tables' rows, "ids" that were
+    asked for; at the end the own rows of the "table", and the "expert_bias"es."""
+    from engram_megatron.model.parameter_names import global_named_parameters
+    from engram_megatron.model.tensor_shard import partition_dim
+
+    run = build_small_run(config, rank, world_size)
+    layout, ranks = run.memory.lookup.layout, run.ranks
+    applied: dict[str, Any] = {}
+    memory_step, start = run.memory.step, run.memory.lookup.start
+
+    def record_step(gradients: Any, learning_rate: float, scale: float) -> None:
+        applied["rows"] = (layout.global_row(rank, gradients.local_rows), gradients.gradients * scale)
+        memory_step(gradients, learning_rate, scale)
+
+    def record_start(ids: Any) -> Any:
+        applied["ids"] = ids.copy()
+        return start(ids)
+
+    run.memory.step, run.memory.lookup.start = record_step, record_start
+
+    def shards(gradients: bool) -> dict[str, Shard]:
+        return {
+            name: Shard(numbers(p.main_grad if gradients else p), partition_dim(p), ranks.tensor_rank)
+            for name, p in global_named_parameters(run.chunks)
+        }
+
+    initial, steps = shards(gradients=False), []
+    for step in range(num_steps):
+        batch = global_batch(step, separate_documents=config.data.separate_documents)
+        mine = microbatches(batch, ranks.data_rank, ranks.data_ranks)
+        result = run.trainer.train_step(step, mine, stop_requested=False)
+        after = shards(gradients=False)
+        steps.append({"result": result, "gradient": shards(gradients=True), "parameters": after, **applied})
+    owned = layout.global_row(rank, np.arange(run.memory.shard.num_rows))
+    return {
+        "initial": initial,
+        "steps": steps,
+        "table": (owned, run.memory.shard.weight.copy()),
+        "expert_bias": expert_biases(run.chunks),
+    }
+
+
+def whole(parts: list[dict[str, Shard]]) -> dict[str, np.ndarray[Any, Any]]:
+    """The global tensors. What several ranks hold must be bit-identical on them."""
+    by_name: dict[str, dict[int, Shard]] = {}
+    for part in parts:
+        for name, shard in part.items():
+            place = 0 if shard.dim is None else shard.tensor_rank
+            first = by_name.setdefault(name, {}).setdefault(place, shard)
+            np.testing.assert_array_equal(first.values, shard.values, err_msg=name)
+    result = {}
+    for name, places in by_name.items():
+        values, dim = [places[place].values for place in sorted(places)], places[0].dim
+        if dim is None:
+            result[name] = values[0]
+        elif name.endswith("linear_fc1.weight"):  # each rank: its gate rows, then its up rows
+            halves = [np.split(value, 2) for value in values]
+            result[name] = np.concatenate([half[i] for i in (0, 1) for half in halves])
+        else:
+            result[name] = np.concatenate(values, axis=dim)
+    return result
