@@ -219,8 +219,8 @@ class ParallelConfig:
     pipeline_layout: str = "auto"
     context: int = 1
     expert: int = 1
-    # Optimizer state divided over data-parallel replicas: Muon by whole matrices, Adam by rows
-    distributed_optimizer: bool = False
+    # Optimizer state divided over data * context replicas: Muon by whole matrices, the vocabulary by rows
+    distributed_optimizer: bool = free(False)
     # A collective that takes longer than this ends the job. Finite, so that survivors of a dead node do not hang.
     collective_timeout_s: int = free(600)
 

@@ -21,6 +21,9 @@ LAYOUTS = [
     (2, ("parallel.tensor=2", "training.dtype=bfloat16", "model.mhc.mapping_dtype=float32")),
     (2, ("parallel.pipeline=2", "training.dtype=float32", "engram.table_dtype=float32")),
     (4, ("parallel.tensor=2", "parallel.expert=2")),
+    (2, ("parallel.expert=2", "parallel.distributed_optimizer=true")),
+    (2, ("parallel.distributed_optimizer=true", "training.dtype=bfloat16", "model.mhc.mapping_dtype=float32")),
+    (2, ("parallel.pipeline=2", "model.mtp.num_layers=1")),
 ]
 
 

@@ -20,7 +20,13 @@ from engram_megatron.model.transfers import ID_BYTES
 from engram_megatron.training.plan_layout import takes_muon
 
 TOLERANCE = 0.02
-CONTROL_TOLERANCE = 0.25  # a few hundred bytes: one more number that all ranks sum is not worth an error
+# Kinds that the plan does not claim to know so well
+LOOSE = {
+    ("control", ""): 0.25,  # a few hundred bytes: one more number that all ranks sum is not worth an error
+    # between replicas and the owners of tensors: as if owners were drawn by lot, and few large tensors are not
+    ("data", "all-to-all"): 0.3,
+    ("expert data", "all-to-all"): 0.3,
+}
 
 
 class Layout(NamedTuple):
@@ -43,6 +49,8 @@ LAYOUTS = [
     Layout(4, ("parallel.pipeline=2", "parallel.tensor=2", "model.mtp.num_layers=1")),
     Layout(2, ("parallel.tensor=2", "training.recompute=full")),
     Layout(2, ("parallel.expert=2", "training.recompute=selective", "training.recompute_modules=feed_forward,mhc")),
+    Layout(2, ("parallel.distributed_optimizer=true",)),
+    Layout(4, ("parallel.tensor=2", "parallel.expert=2", "parallel.distributed_optimizer=true")),
     Layout(2, ("parallel.context=2",)),
     Layout(4, ("parallel.context=2", "parallel.tensor=2", "parallel.expert=2")),
 ]
@@ -126,7 +134,7 @@ def test_every_kind_of_collective_sends_what_the_plan_says(layout: Layout) -> No
         measured, predicted = of_rank["measured"], _predicted(of_rank["config"], layout.ranks, of_rank["pipeline_rank"])
         kinds = {kind for kind in measured | predicted if kind[0] != "tables"}
         for kind in kinds:
-            tolerance = CONTROL_TOLERANCE if kind[0] == "control" else TOLERANCE
+            tolerance = LOOSE.get(kind, TOLERANCE)
             assert predicted[kind] == pytest.approx(measured[kind], rel=tolerance), (rank, kind)
         assert measured["control", ""] < 0.01 * sum(measured.values())
 
