@@ -35,8 +35,8 @@ class BackboneTensor:
     def replica_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same part of the tensor."""
         if self.is_expert:
-            return parallel_state.get_expert_data_parallel_group()
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+            return parallel_state.get_expert_data_parallel_group()  # type: ignore[no-any-return]
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)  # type: ignore[no-any-return]
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:
