@@ -340,6 +340,15 @@ class TrainingConfig:
     def validate(self) -> None:
         for name in ("num_steps", "global_batch_size", "micro_batch_size", "log_every_steps", "validation_batches"):
             check(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)} must be at least 1")
+        check(
+            self.recompute != "selective" or len(self.recompute_modules) > 0,
+            "training.recompute = selective, but training.recompute_modules is empty: name some, or choose none",
+        )
+
+    @property
+    def recomputed_modules(self) -> frozenset[str]:
+        """The parts of a layer that are computed again one by one; none where whole layers are."""
+        return frozenset(self.recompute_modules) if self.recompute == "selective" else frozenset()
 
     def num_microbatches(self, data_ranks: int) -> int:
         """Microbatches that one rank runs in a step; raises `UsageError` where the batch does not divide."""
@@ -418,6 +427,8 @@ class RunConfig:
             "model.attention.num_heads": attention.num_heads,
             "model.attention.kv_lora_rank + rope_head_dim": attention.kv_lora_rank + attention.rope_head_dim,
         }
+        if self.model.mtp.num_layers > 0:
+            sizes["model.hidden_size"] = self.model.hidden_size  # the rows of its projection
         if attention.query_lora_rank is not None:
             sizes["model.attention.query_lora_rank"] = attention.query_lora_rank
         if moe is None or moe.num_leading_dense_layers > 0:

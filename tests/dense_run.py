@@ -17,9 +17,9 @@ STREAMS = 4
 # without a direction. They change nothing that the model computes; only H_post does.
 _POST = slice(STREAMS, 2 * STREAMS)
 LIVE: dict[str, slice] = {
-    "decoder.layers.0.mhc_attention.bias": _POST,
-    "decoder.layers.0.mhc_attention.mapping.weight": _POST,
-    "decoder.layers.0.mhc_attention.alpha": slice(1, 2),
+    f"{layer}.mhc_attention.{name}": part
+    for layer in ("decoder.layers.0", "mtp.layers.0.mtp_model_layer")
+    for name, part in (("bias", _POST), ("mapping.weight", _POST), ("alpha", slice(1, 2)))
 }
 
 
@@ -44,7 +44,7 @@ def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     chunks = wrap_data_parallel(backbone, TORCH_DTYPE[config.training.dtype])
     (model,) = chunks
     hasher = small_hasher(config)
-    embedding = _dense_table(config, hasher.total_rows)
+    embedding = dense_table(config, hasher.total_rows)
     backbone_optimizer = build_backbone_optimizer(chunks, config)
     betas = (optimizer_config.adam_beta1, optimizer_config.adam_beta2)
     table_optimizer = torch.optim.Adam(embedding.parameters(), lr=0.0, betas=betas, eps=optimizer_config.adam_eps)
@@ -105,7 +105,7 @@ def expert_biases(chunks: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {name: numbers(b) for name, b in global_named_buffers(chunks) if name.endswith("expert_bias")}
 
 
-def _dense_table(config: RunConfig, total_rows: int) -> Any:
+def dense_table(config: RunConfig, total_rows: int) -> Any:
     import torch
 
     from engram_megatron.tables.row_init import fill_initial_rows

@@ -50,3 +50,16 @@ def make_batch(
         loss_mask=loss_mask,
         document_ids=np.ascontiguousarray(document_ids_BS[:, :-1]),
     )
+
+
+def after_next(batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(labels int64 [B, T], loss mask bool [B, T]) of the tokens after the next, for multi-token prediction.
+
+    The mask is True where position, next token and the one after it count as one text: not across a document start
+    where documents are kept apart, and not at the last position, whose second token lies beyond the window (its label
+    is 0).
+    """
+    labels, mask = np.zeros_like(batch.labels), np.zeros_like(batch.loss_mask)
+    labels[:, :-1] = batch.labels[:, 1:]
+    mask[:, :-1] = batch.loss_mask[:, :-1] & batch.loss_mask[:, 1:]
+    return labels, mask

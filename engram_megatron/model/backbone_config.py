@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from engram_megatron.config import RunConfig
+from engram_megatron.config import RunConfig, TrainingConfig
 from engram_megatron.model.pipeline_layout import pipeline_layout
 from engram_megatron.platform import has_grad_accumulation_fusion
 
@@ -62,7 +62,17 @@ def backbone_config(config: RunConfig) -> MLATransformerConfig:
         calculate_per_token_loss=True,
         **_pipeline(config),
         **_moe(config),
+        **_recompute(config.training),
     )
+
+
+def _recompute(training: TrainingConfig) -> dict[str, object]:
+    """Whole layers and core attention are megatron-core's to recompute, the rest is `transformer_layer`'s."""
+    if training.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if "core_attention" in training.recomputed_modules:
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
 
 
 def _pipeline(config: RunConfig) -> dict[str, object]:

@@ -3,8 +3,11 @@
 Names and shapes are those of the built megatron-core model on one rank (no tensor, pipeline or expert parallelism);
 layers are numbered from 0 in names. No torch is imported, so that a dry run is cheap.
 
+A multi-token prediction layer is listed as a part of its own, whatever stands in it: it is left out of inference, and
+no paper counts it.
+
 What the papers count (the numbers of arXiv 2601.07372 table 5 and arXiv 2512.24880 appendix A.1 close only this way):
-- total: everything that is stored, less one of {token embedding, output head};
+- total: everything that is stored but multi-token prediction, less one of {token embedding, output head};
 - activated: what multiplies a token's activations, without token embedding and head: attention, norms,
   hyper-connections, dense feed-forwards, routers, shared experts, `top_k` routed experts per MoE layer, and Engram's
   projections, norms and convolution. Looked-up table rows are not counted, as the token embedding's row is not;
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Literal
 
@@ -34,9 +38,12 @@ Part = Literal[
     "shared experts",
     "Engram dense",
     "Engram tables",
+    "multi-token prediction",
 ]
 
 TABLES_NAME = "engram.tables"
+_MTP_LAYER = "mtp.layers.0.mtp_model_layer."
+_Tensors = Iterator[tuple[str, tuple[int, ...], Part]]  # name within the layer, shape, part
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,12 @@ class TensorSpec:
     shape: tuple[int, ...]
     part: Part
     layer: int | None = None  # None: outside the layers
+    kind: Part | None = None  # of a tensor inside multi-token prediction: the part that its like belongs to elsewhere
+
+    @property
+    def placed_as(self) -> Part:
+        """The part by whose rule ranks hold it."""
+        return self.kind or self.part
 
     @property
     def count(self) -> int:
@@ -63,19 +76,23 @@ class ParameterCounts:
 
     @property
     def stored(self) -> int:
-        """Everything, both vocabulary matrices and the tables included."""
+        """Everything, both vocabulary matrices, the tables and multi-token prediction included."""
         return sum(self.by_part.values())
 
     @property
     def total(self) -> int:
-        """As the papers count: only one of {token embedding, output head}."""
-        return self.stored - self.by_part["token embedding"]
+        """As the papers count: only one of {token embedding, output head}, no multi-token prediction."""
+        return self.stored - self.by_part["token embedding"] - self.multi_token_prediction
+
+    @property
+    def multi_token_prediction(self) -> int:
+        """The whole prediction layer; embedding and head are the model's."""
+        return self.by_part.get("multi-token prediction", 0)
 
     @property
     def activated(self) -> int:
         """As the papers count: per token, neither token embedding nor output head nor table rows."""
-        vocabulary = self.by_part["token embedding"] + self.by_part["output head"]
-        return self.stored - vocabulary - self.engram_tables - self.inactive_experts
+        return self.total - self.by_part["output head"] - self.engram_tables - self.inactive_experts
 
     @property
     def engram_tables(self) -> int:
@@ -110,6 +127,8 @@ def parameter_specs(config: RunConfig) -> Iterator[TensorSpec]:
         yield from _layer_specs(config, layer)
     yield TensorSpec("decoder.final_layernorm.weight", (model.hidden_size,), "norms")
     yield TensorSpec("output_layer.weight", (model.vocab_size, model.hidden_size), "output head")
+    if model.mtp.num_layers > 0:
+        yield from _prediction_specs(config)
 
 
 def table_spec(config: RunConfig) -> TensorSpec | None:
@@ -139,10 +158,13 @@ def buffer_specs(config: RunConfig) -> list[TensorSpec]:
     moe = config.model.moe
     if moe is None:
         return []
-    return [
+    specs = [
         TensorSpec(f"decoder.layers.{layer}.mlp.router.expert_bias", (moe.num_experts,), "router", layer)
         for layer in range(moe.num_leading_dense_layers, config.model.num_layers)
     ]
+    if has_mtp_experts(config.model):
+        specs.append(TensorSpec(f"{_MTP_LAYER}mlp.router.expert_bias", (moe.num_experts,), "multi-token prediction"))
+    return specs
 
 
 def count_parameters(config: RunConfig) -> ParameterCounts:
@@ -161,6 +183,11 @@ def num_moe_layers(model: ModelConfig) -> int:
     return 0 if model.moe is None else model.num_layers - model.moe.num_leading_dense_layers
 
 
+def has_mtp_experts(model: ModelConfig) -> bool:
+    """Whether there is a multi-token prediction layer with experts: it is of the kind of the model's last layer."""
+    return model.mtp.num_layers > 0 and num_moe_layers(model) > 0
+
+
 def engram_streams(config: RunConfig) -> int:
     """Residual streams that one Engram layer reads and writes (S), each with a key projection of its own."""
     return config.model.mhc.num_streams if config.engram is not None and config.engram.multi_branch else 1
@@ -169,26 +196,43 @@ def engram_streams(config: RunConfig) -> int:
 def _layer_specs(config: RunConfig, layer: int) -> Iterator[TensorSpec]:
     """The tensors of layer `layer` (from 0)."""
     model, engram, prefix = config.model, config.engram, f"decoder.layers.{layer}."
-    parts: list[Iterator[tuple[str, tuple[int, ...], Part]]] = [_norms(model), _attention(model)]
-    if model.moe is None or layer < model.moe.num_leading_dense_layers:
-        parts.append(_feed_forward("mlp.", model.hidden_size, model.dense_ffn_size, "dense feed-forward"))
-    else:
-        parts.append(_mixture(model.hidden_size, model.moe))
-    if model.mhc.num_streams > 1:
-        parts.append(_hyper_connections(model))
+    has_experts = model.moe is not None and layer >= model.moe.num_leading_dense_layers
+    parts = _decoder_layer(model, has_experts=has_experts)
     if engram is not None and layer + 1 in engram.layer_numbers:
         parts.append(_engram(engram, model.hidden_size, engram_streams(config)))
-    for part in parts:
-        for name, shape, kind in part:
-            yield TensorSpec(prefix + name, shape, kind, layer)
+    for name, shape, kind in chain.from_iterable(parts):
+        yield TensorSpec(prefix + name, shape, kind, layer)
 
 
-def _norms(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], Part]]:
+def _prediction_specs(config: RunConfig) -> Iterator[TensorSpec]:
+    """The tensors of the multi-token prediction layer; arXiv 2412.19437 section 2.2, equation 21."""
+    model, prefix = config.model, "mtp.layers.0."
+    for name in ("hidden_layernorm", "embedding_layernorm", "final_layernorm"):
+        yield TensorSpec(f"{prefix}{name}.weight", (model.hidden_size,), "multi-token prediction", kind="norms")
+    projection = (model.hidden_size, 2 * model.hidden_size)
+    yield TensorSpec(f"{prefix}projection.weight", projection, "multi-token prediction")
+    for name, shape, kind in chain.from_iterable(_decoder_layer(model, has_experts=has_mtp_experts(model))):
+        yield TensorSpec(_MTP_LAYER + name, shape, "multi-token prediction", kind=kind)
+
+
+def _decoder_layer(model: ModelConfig, *, has_experts: bool) -> list[_Tensors]:
+    """A layer without memory."""
+    parts = [_norms(model), _attention(model)]
+    if model.moe is not None and has_experts:
+        parts.append(_mixture(model.hidden_size, model.moe))
+    else:
+        parts.append(_feed_forward("mlp.", model.hidden_size, model.dense_ffn_size, "dense feed-forward"))
+    if model.mhc.num_streams > 1:
+        parts.append(_hyper_connections(model))
+    return parts
+
+
+def _norms(model: ModelConfig) -> _Tensors:
     yield "input_layernorm.weight", (model.hidden_size,), "norms"
     yield "pre_mlp_layernorm.weight", (model.hidden_size,), "norms"
 
 
-def _attention(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], Part]]:
+def _attention(model: ModelConfig) -> _Tensors:
     """MLA: query (compressed or not), compressed keys and values, output; arXiv 2405.04434 section 2.1."""
     attention, width, prefix = model.attention, model.hidden_size, "self_attention."
     queries = attention.num_heads * (attention.nope_head_dim + attention.rope_head_dim)
@@ -206,13 +250,13 @@ def _attention(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], Part]
     yield prefix + "linear_proj.weight", (width, attention.num_heads * attention.value_head_dim), "attention"
 
 
-def _feed_forward(prefix: str, width: int, ffn: int, part: Part) -> Iterator[tuple[str, tuple[int, ...], Part]]:
+def _feed_forward(prefix: str, width: int, ffn: int, part: Part) -> _Tensors:
     """SwiGLU: gate and up projections stacked in `linear_fc1`, down projection in `linear_fc2`."""
     yield prefix + "linear_fc1.weight", (2 * ffn, width), part
     yield prefix + "linear_fc2.weight", (width, ffn), part
 
 
-def _mixture(width: int, moe: MoEConfig) -> Iterator[tuple[str, tuple[int, ...], Part]]:
+def _mixture(width: int, moe: MoEConfig) -> _Tensors:
     yield "mlp.router.weight", (moe.num_experts, width), "router"
     for expert in range(moe.num_experts):
         yield from _feed_forward(f"mlp.experts.local_experts.{expert}.", width, moe.expert_ffn_size, "routed experts")
@@ -221,7 +265,7 @@ def _mixture(width: int, moe: MoEConfig) -> Iterator[tuple[str, tuple[int, ...],
         yield from _feed_forward("mlp.shared_experts.", width, shared_ffn, "shared experts")
 
 
-def _hyper_connections(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], Part]]:
+def _hyper_connections(model: ModelConfig) -> _Tensors:
     """Per sub-layer: maps to pre (n), post (n) and residual (n*n) coefficients; arXiv 2512.24880 equation 7."""
     streams = model.mhc.num_streams
     coefficients = streams * streams + 2 * streams
@@ -231,7 +275,7 @@ def _hyper_connections(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...
         yield f"{name}.alpha", (3,), "hyper-connections"
 
 
-def _engram(engram: EngramConfig, width: int, streams: int) -> Iterator[tuple[str, tuple[int, ...], Part]]:
+def _engram(engram: EngramConfig, width: int, streams: int) -> _Tensors:
     """Fused key (one per stream) and value projections, gate norms, short convolution; arXiv 2601.07372 section 2.3."""
     outputs = (streams + 1 if engram.gate else 1) * width
     yield "engram.key_value.weight", (outputs, engram.memory_dim), "Engram dense"

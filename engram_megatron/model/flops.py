@@ -35,6 +35,7 @@ class TokenFlops:
     hyper_connections: int
     engram: int
     head: int
+    multi_token_prediction: int  # its layer and its use of the head; in training only
 
     @property
     def forward(self) -> int:
@@ -51,12 +52,13 @@ def token_flops(config: RunConfig) -> TokenFlops:
     """FLOPs of one token of `config`, averaged over the positions of a sequence of `data.sequence_length`."""
     return TokenFlops(
         attention_projections=_matrix_flops(config, "attention"),
-        attention_core=_attention_core(config),
+        attention_core=_attention_core(config, config.model.num_layers),
         feed_forward=_feed_forward(config),
         router=_matrix_flops(config, "router"),
-        hyper_connections=_matrix_flops(config, "hyper-connections") + _stream_mixing(config),
+        hyper_connections=_matrix_flops(config, "hyper-connections") + _stream_mixing(config, config.model.num_layers),
         engram=_engram(config),
         head=_matrix_flops(config, "output head"),
+        multi_token_prediction=_prediction(config),
     )
 
 
@@ -69,11 +71,11 @@ def _matrix_flops(config: RunConfig, *parts: str) -> int:
     )
 
 
-def _attention_core(config: RunConfig) -> int:
+def _attention_core(config: RunConfig, num_layers: int) -> int:
     """Query-key products over nope + rope channels and weighted values, half of the sequence on average."""
     attention = config.model.attention
     channels = attention.nope_head_dim + attention.rope_head_dim + attention.value_head_dim
-    return config.model.num_layers * attention.num_heads * channels * config.data.sequence_length
+    return num_layers * attention.num_heads * channels * config.data.sequence_length
 
 
 def _feed_forward(config: RunConfig) -> int:
@@ -85,12 +87,12 @@ def _feed_forward(config: RunConfig) -> int:
     return dense + num_moe_layers(config.model) * moe.top_k * per_expert
 
 
-def _stream_mixing(config: RunConfig) -> int:
+def _stream_mixing(config: RunConfig, num_layers: int) -> int:
     """H_pre x, H_res x and H_post^T F(.) of both sub-layers of every layer; arXiv 2512.24880 equation 3."""
     streams, width = config.model.mhc.num_streams, config.model.hidden_size
     if streams == 1:
         return 0
-    return config.model.num_layers * 2 * 2 * (streams * streams + 2 * streams) * width
+    return num_layers * 2 * 2 * (streams * streams + 2 * streams) * width
 
 
 def _engram(config: RunConfig) -> int:
@@ -102,3 +104,16 @@ def _engram(config: RunConfig) -> int:
     gate = 2 * 2 * channels if engram.gate else 0
     conv = 2 * engram.conv_kernel_size * channels if engram.conv else 0
     return _matrix_flops(config, "Engram dense") + len(engram.layer_numbers) * (gate + conv)
+
+
+def _prediction(config: RunConfig) -> int:
+    """Projection, one layer and the head again; arXiv 2412.19437 section 2.2. Of its routed experts, `top_k`."""
+    model, moe = config.model, config.model.moe
+    if model.mtp.num_layers == 0:
+        return 0
+    matrices = 0
+    for spec in parameter_specs(config):
+        if spec.part == "multi-token prediction" and len(spec.shape) == 2:
+            share = moe.top_k / moe.num_experts if moe is not None and spec.placed_as == "routed experts" else 1
+            matrices += round(2 * spec.count * share)
+    return matrices + _attention_core(config, 1) + _stream_mixing(config, 1) + _matrix_flops(config, "output head")

@@ -17,7 +17,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.model.core_attention import CausalCoreAttention
+from engram_megatron.model.counts import has_mtp_experts
 from engram_megatron.model.latent_attention import LatentSelfAttention
+from engram_megatron.model.multi_token_prediction import PredictionSubmodules
 from engram_megatron.model.pipeline_layout import chunk_memory_layers
 from engram_megatron.model.rms_norm import RMSNorm
 from engram_megatron.model.router import SigmoidRouter
@@ -31,6 +33,15 @@ def block_submodules(config: RunConfig, layers: range) -> TransformerBlockSubmod
     memory_layers = chunk_memory_layers(config, layers)
     specs = [_layer(config, memory_layers, is_dense=layer < num_dense) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm())
+
+
+def prediction_submodules(config: RunConfig) -> PredictionSubmodules:
+    """The multi-token prediction layer: its decoder layer is of the kind of the model's last one, without memory."""
+    return PredictionSubmodules(
+        norm=_norm(),
+        column_parallel_linear=_backend().column_parallel_linear(),
+        transformer_layer=_layer(config, (), is_dense=not has_mtp_experts(config.model)),
+    )
 
 
 def _backend() -> Any:
@@ -81,5 +92,6 @@ def _layer(config: RunConfig, memory_layers: tuple[int, ...], *, is_dense: bool)
             mhc=config.model.mhc,
             engram=config.engram,
             memory_layers=memory_layers,
+            recompute=config.training.recomputed_modules,
         ),
     )

@@ -1,11 +1,11 @@
 """Bytes that one rank of a layout needs, by kind, from the config alone.
 
 Weights, gradients, optimizer state and tables are exact for the layout that `placement` states (allocator padding
-aside). Activations are an estimate: tensors that autograd must keep for the backward pass, each once, without
-recomputation, with balanced routing, divided by the tensor size (sequence parallelism), attention without a score
-matrix. Left out: workspace, the allocator's fragmentation, transport buffers, and float32 copies that unfused norms and
-gates keep beside bfloat16 tensors (with them a small model in eager PyTorch kept 1.3 times the estimate, 1.1 times in
-float32).
+aside). Activations are an estimate: tensors that autograd must keep for the backward pass, each once, and what
+recomputation brings back of one layer at a time, with balanced routing, divided by the tensor size (sequence
+parallelism), attention without a score matrix. Left out: workspace, the allocator's fragmentation, transport buffers,
+and float32 copies that unfused norms and gates keep beside bfloat16 tensors (with them a small model in eager PyTorch
+kept 1.3 times the estimate, 1.1 times in float32).
 
 Shape letters in the formulas: C hidden size, n residual streams, S streams of Engram, E memory width, F feed-forward
 size.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engram_megatron.config import RunConfig
-from engram_megatron.model.counts import TensorSpec, engram_streams
+from engram_megatron.model.counts import TensorSpec, engram_streams, has_mtp_experts
 from engram_megatron.model.placement import (
     DTYPE_BYTES,
     gradient_bytes,
@@ -26,6 +26,7 @@ from engram_megatron.model.placement import (
     stage_engram_layers,
     stage_layers,
     stage_moe_layers,
+    stage_mtp_layers,
     stage_specs,
 )
 
@@ -83,7 +84,7 @@ def rank_memory(
 
 def weight_bytes(spec: TensorSpec, config: RunConfig) -> int:
     """Bytes per element as the model stores it: hyper-connections keep their own, wider dtype."""
-    is_mapping = spec.part == "hyper-connections"
+    is_mapping = spec.placed_as == "hyper-connections"
     return DTYPE_BYTES[config.model.mhc.mapping_dtype if is_mapping else config.training.dtype]
 
 
@@ -95,17 +96,62 @@ def job_table_bytes(config: RunConfig, world_size: int) -> int:
 def microbatch_activation_bytes(config: RunConfig, stage: int) -> int:
     """Estimate of what one microbatch leaves on a rank of pipeline stage `stage` until its backward pass."""
     model, parallel = config.model, config.parallel
-    moe_layers, layers = stage_moe_layers(config, stage), len(stage_layers(config, stage))
-    values = layers * (_attention_values(config) + 2 * _residual_values(config))
-    values += (layers - moe_layers) * 3 * model.dense_ffn_size  # gate, up and their product
-    values += moe_layers * _moe_values(config) + stage_engram_layers(config, stage) * _engram_values(config)
-    token_bytes = values * DTYPE_BYTES[config.training.dtype] + layers * 2 * _mapping_bytes(config)
+    mtp = stage_mtp_layers(config, stage)
+    layers = _Layers(
+        all=len(stage_layers(config, stage)) + mtp,
+        moe=stage_moe_layers(config, stage) + mtp * has_mtp_experts(model),
+        engram=stage_engram_layers(config, stage),
+    )
+    token_bytes = _layers_bytes(config, layers)
+    # multi-token prediction: input and output of two norms, the two outputs side by side
+    token_bytes += mtp * 6 * model.hidden_size * DTYPE_BYTES[config.training.dtype]
     if stage == parallel.pipeline - 1:
         # final norm's input and output, logits, and their float32 softmax
         head_values = 2 * model.hidden_size + model.vocab_size
-        token_bytes += head_values * DTYPE_BYTES[config.training.dtype] + model.vocab_size * gradient_bytes(config)
+        head_bytes = head_values * DTYPE_BYTES[config.training.dtype] + model.vocab_size * gradient_bytes(config)
+        token_bytes += (1 + mtp) * head_bytes
     tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.context
     return tokens * token_bytes // parallel.tensor
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Numbers of layers, and how many of them have experts and memory."""
+
+    all: int
+    moe: int
+    engram: int
+
+
+def _layers_bytes(config: RunConfig, layers: _Layers) -> int:
+    """Bytes per token of all `layers`: what they keep, and what one of them computes again."""
+    kept, one = _kept_bytes(config, layers), _Layers(*(min(1, n) for n in (layers.all, layers.moe, layers.engram)))
+    return kept + _kept_by_parts(config, one, frozenset()) - _kept_bytes(config, one)
+
+
+def _kept_bytes(config: RunConfig, layers: _Layers) -> int:
+    if config.training.recompute == "full":  # the streams at each layer's beginning
+        values = layers.all * config.model.mhc.num_streams * config.model.hidden_size
+        return values * DTYPE_BYTES[config.training.dtype]
+    return _kept_by_parts(config, layers, config.training.recomputed_modules)
+
+
+def _kept_by_parts(config: RunConfig, layers: _Layers, again: frozenset[str]) -> int:
+    """Bytes per token that `layers` keep of all but the parts `again`. Attention has no score matrix to leave out."""
+    streams, width = config.model.mhc.num_streams, config.model.hidden_size
+    values = layers.all * _attention_values(config)
+    if "mhc" in again and streams > 1:
+        values += layers.all * (streams + 2) * width  # streams at the layer's beginning, outputs of both sub-layers
+        mapping_bytes = 0
+    else:
+        values += layers.all * 2 * _residual_values(config)
+        mapping_bytes = layers.all * 2 * _mapping_bytes(config)
+    if "feed_forward" not in again:
+        values += (layers.all - layers.moe) * 3 * config.model.dense_ffn_size  # gate, up and their product
+        values += layers.moe * _moe_values(config)
+    if "engram" not in again:
+        values += layers.engram * _engram_values(config)
+    return values * DTYPE_BYTES[config.training.dtype] + mapping_bytes
 
 
 def _residual_values(config: RunConfig) -> int:

@@ -43,10 +43,12 @@ class PipelineLayout:
         return [layer for chunk in range(self.chunks_per_rank) for layer in self.layers(rank, chunk)]
 
     def as_lists(self) -> list[list[str]]:
-        """The layout in the words of megatron-core's `PipelineParallelLayerLayout`, chunk by chunk."""
+        """The layout in the words of megatron-core's `PipelineParallelLayerLayout`, chunk by chunk.
+
+        Without the multi-token prediction layer: it is ours, megatron-core is not told of it."""
         chunks = [["decoder"] * count for count in self.num_layers]
         chunks[0].insert(0, "embedding")
-        chunks[-1] += ["mtp", "loss"] if self.has_mtp else ["loss"]
+        chunks[-1].append("loss")
         return chunks
 
     def as_text(self) -> str:

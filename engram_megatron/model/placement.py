@@ -22,6 +22,7 @@ _TENSOR_PARALLEL_PARTS: tuple[Part, ...] = (
     "attention",
     "dense feed-forward",
     "shared experts",
+    "multi-token prediction",  # its projection; all else in it is placed as elsewhere
 )
 _LATENT_NORMS = ("q_layernorm.weight", "kv_layernorm.weight")
 
@@ -35,13 +36,20 @@ def stage_layers(config: RunConfig, stage: int) -> range:
 def stage_specs(config: RunConfig, stage: int) -> list[TensorSpec]:
     """The torch parameters of pipeline stage `stage`, with their whole shapes."""
     layers, last = stage_layers(config, stage), config.parallel.pipeline - 1
-    return [
-        spec
-        for spec in parameter_specs(config)
-        if (
-            spec.layer in layers if spec.layer is not None else stage == (0 if spec.part == "token embedding" else last)
-        )
-    ]
+
+    def stands_here(spec: TensorSpec) -> bool:
+        if spec.layer is not None:
+            return spec.layer in layers
+        if spec.part == "token embedding":  # multi-token prediction has a copy of it on the last stage
+            return stage == 0 or (stage == last and config.model.mtp.num_layers > 0)
+        return stage == last
+
+    return [spec for spec in parameter_specs(config) if stands_here(spec)]
+
+
+def stage_mtp_layers(config: RunConfig, stage: int) -> int:
+    """Number of multi-token prediction layers of pipeline stage `stage`."""
+    return config.model.mtp.num_layers if stage == config.parallel.pipeline - 1 else 0
 
 
 def stage_engram_layers(config: RunConfig, stage: int) -> int:
@@ -59,16 +67,16 @@ def stage_moe_layers(config: RunConfig, stage: int) -> int:
 
 def rank_elements(spec: TensorSpec, parallel: ParallelConfig) -> int:
     """Elements of `spec` that one rank of its pipeline stage holds."""
-    if spec.part == ROUTED:
+    if spec.placed_as == ROUTED:
         return spec.count // parallel.expert
-    divided = spec.part in _TENSOR_PARALLEL_PARTS and not spec.name.endswith(_LATENT_NORMS)
+    divided = spec.placed_as in _TENSOR_PARALLEL_PARTS and not spec.name.endswith(_LATENT_NORMS)
     return ceil(spec.count / parallel.tensor) if divided else spec.count
 
 
 def gradient_ranks(spec: TensorSpec, parallel: ParallelConfig, world_size: int) -> int:
     """Ranks that hold the same elements of `spec` and sum their gradients."""
     replicas = parallel.data(world_size) * parallel.context
-    return replicas * parallel.tensor // parallel.expert if spec.part == ROUTED else replicas
+    return replicas * parallel.tensor // parallel.expert if spec.placed_as == ROUTED else replicas
 
 
 def rank_step_tokens(config: RunConfig, world_size: int) -> int:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from math import log2
 
 from engram_megatron.config import RunConfig
+from engram_megatron.model.counts import has_mtp_experts
 from engram_megatron.model.placement import (
     DTYPE_BYTES,
     ROUTED,
@@ -23,6 +24,7 @@ from engram_megatron.model.placement import (
     stage_engram_layers,
     stage_layers,
     stage_moe_layers,
+    stage_mtp_layers,
     stage_specs,
 )
 
@@ -91,7 +93,7 @@ def _gradients(config: RunConfig, world_size: int, stage: int) -> tuple[int, int
     for spec in stage_specs(config, stage):
         ranks = gradient_ranks(spec, config.parallel, world_size)
         sent = 2 * (ranks - 1) * rank_elements(spec, config.parallel) * gradient_bytes(config) // ranks
-        if spec.part == ROUTED:
+        if spec.placed_as == ROUTED:
             expert += sent
         else:
             dense += sent
@@ -108,7 +110,8 @@ def _expert_all_to_all(config: RunConfig, world_size: int, stage: int) -> int:
     """Each token's `top_k` copies go out and come back, forward and backward; 1 / expert of them stay."""
     if config.model.moe is None:
         return 0
-    copies = stage_moe_layers(config, stage) * config.model.moe.top_k
+    layers = stage_moe_layers(config, stage) + stage_mtp_layers(config, stage) * has_mtp_experts(config.model)
+    copies = layers * config.model.moe.top_k
     away = config.parallel.expert - 1
     return 4 * copies * _hidden_bytes(config, world_size) * away // config.parallel.expert
 
@@ -126,9 +129,13 @@ def _table_rows(config: RunConfig, world_size: int, stage: int) -> int:
 def _tensor_parallel(config: RunConfig, world_size: int, stage: int) -> int:
     """Sequence-parallel collectives: attention of every layer, dense or shared feed-forward, embedding, head."""
     parallel, moe = config.parallel, config.model.moe
-    layers = len(stage_layers(config, stage))
-    unpaired = stage_moe_layers(config, stage) if moe is not None and moe.num_shared_experts == 0 else 0
+    mtp = stage_mtp_layers(config, stage)
+    layers, moe_layers = len(stage_layers(config, stage)) + mtp, stage_moe_layers(config, stage)
+    moe_layers += mtp * has_mtp_experts(config.model)
+    unpaired = moe_layers if moe is not None and moe.num_shared_experts == 0 else 0
     collectives = _COLLECTIVES_PER_PAIR * (2 * layers - unpaired)
+    # multi-token prediction: embedding 2, head 3, projection 3 of twice the width, and 2 of its output
+    collectives += mtp * (2 + 3 + 6 + 2)
     collectives += 2 if stage == 0 else 0  # embedding: reduce-scatter, and all-gather backward
     collectives += 3 if stage == parallel.pipeline - 1 else 0  # head: all-gather, and two backward
     # A collective over t ranks moves (t - 1) of the t shards through every rank.
@@ -136,14 +143,21 @@ def _tensor_parallel(config: RunConfig, world_size: int, stage: int) -> int:
 
 
 def _pipeline(config: RunConfig, world_size: int, stage: int) -> int:
-    """All residual streams to the next stage, their gradients to the previous one."""
-    neighbours = (stage < config.parallel.pipeline - 1) + (stage > 0)
-    return neighbours * config.model.mhc.num_streams * _hidden_bytes(config, world_size)
+    """All residual streams to the next stage, their gradients to the previous one; with multi-token prediction the
+    embedding's gradient between the first and the last stage, whose all-reduce over two ranks sends it once."""
+    last = config.parallel.pipeline - 1
+    neighbours = (stage < last) + (stage > 0)
+    sent = neighbours * config.model.mhc.num_streams * _hidden_bytes(config, world_size)
+    if config.model.mtp.num_layers > 0 and last > 0 and stage in (0, last):
+        embedding = next(spec for spec in stage_specs(config, stage) if spec.part == "token embedding")
+        sent += rank_elements(embedding, config.parallel) * gradient_bytes(config)
+    return sent
 
 
 def _context(config: RunConfig, world_size: int, stage: int) -> int:
     """Keys and values pass every other rank of the ring forward, and again backward with their gradients."""
     a, parallel = config.model.attention, config.parallel
     channels = a.num_heads * (a.nope_head_dim + a.rope_head_dim + a.value_head_dim) // parallel.tensor
-    token_bytes = channels * DTYPE_BYTES[config.training.dtype] * len(stage_layers(config, stage))
+    layers = len(stage_layers(config, stage)) + stage_mtp_layers(config, stage)
+    token_bytes = channels * DTYPE_BYTES[config.training.dtype] * layers
     return 3 * (parallel.context - 1) * rank_step_tokens(config, world_size) * token_bytes

@@ -5,9 +5,9 @@
     X <- H_res X + H_post^T FFN(norm(H_pre X))
 
 Between blocks (and pipeline stages) the streams travel as one tensor [T, B, M*C]; the first block of the model expands
-the embedding, the last one contracts. The rows of memory reach the block as megatron-core's cross-attention
-`context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that recomputation and interleaved
-microbatches cannot mix them up.
+the embedding, the last one contracts; a multi-token prediction layer does both. The rows of memory reach the block as
+megatron-core's cross-attention `context`, which `TransformerBlock` hands to every layer as an explicit tensor, so that
+recomputation and interleaved microbatches cannot mix them up.
 
 Under context and sequence parallelism (the latter wherever tensor > 1) a rank holds the T / (context * tensor)
 positions of hidden states and memory that `sequence_partition` gives it; document ids are always those of the whole
@@ -38,6 +38,13 @@ from engram_megatron.model.hyper_connection import (
     expand_streams,
     stream_cosine,
 )
+from engram_megatron.model.recompute import (
+    SubLayerCall,
+    call,
+    run_again,
+    run_again_with_router,
+    run_between_sub_layers_again,
+)
 from engram_megatron.model.sequence_partition import SequencePartition
 
 
@@ -48,6 +55,7 @@ class EngramSubmodules(TransformerLayerSubmodules):
     mhc: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     engram: EngramConfig | None = None
     memory_layers: tuple[int, ...] = ()  # numbers of this chunk's Engram layers, in the order of `context`
+    recompute: frozenset[str] = frozenset()  # of `training.recompute_modules`; core attention is megatron-core's part
 
 
 class EngramTransformerLayer(TransformerLayer):
@@ -66,6 +74,10 @@ class EngramTransformerLayer(TransformerLayer):
         if self.num_streams > 1:
             self.mhc_attention = _build_mhc(submodules.mhc, config, self.layer_number)
             self.mhc_mlp = _build_mhc(submodules.mhc, config, self.layer_number)
+        self.expands_streams = self.layer_number == 1 or self.is_mtp_layer
+        self.contracts_streams = self.layer_number == config.num_layers or self.is_mtp_layer
+        self.recompute = submodules.recompute
+        self.rebuilds_streams = "mhc" in self.recompute and self.num_streams > 1
         self.last_stream_cosine: Tensor | None = None
 
     def forward(  # type: ignore[override]
@@ -88,7 +100,24 @@ class EngramTransformerLayer(TransformerLayer):
         Returns:
             [T, B, M*C] ([T, B, C] after the model's last block), and `context` for the next block.
         """
-        if self.layer_number == 1:
+        inputs = (hidden_states, attention_mask, context, context_mask, padding_mask)
+        if self.rebuilds_streams:
+            output = run_between_sub_layers_again(self._block, *inputs)
+        else:
+            output = self._block(call, *inputs)
+        return make_viewless_tensor(output, requires_grad=True, keep_graph=True), context
+
+    def _block(
+        self,
+        run: SubLayerCall,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """The streams (or their mean) after this block; attention, feed-forward and memory are called through `run`."""
+        if self.expands_streams:
             hidden_states = expand_streams(hidden_states, self.num_streams)
         streams = hidden_states.unflatten(-1, (self.num_streams, -1))
         memory_TBE = None
@@ -96,39 +125,65 @@ class EngramTransformerLayer(TransformerLayer):
             assert context is not None, f"layer {self.layer_number} needs memory"
             memory_TBE = context[self.memory_index]
         if memory_TBE is not None and (self.multi_branch or self.num_streams == 1):
-            streams = streams + self.engram(streams, memory_TBE, context_mask)
+            streams = streams + self._memory_update(run, streams, memory_TBE, context_mask)
             memory_TBE = None
-        streams = self._attention(streams, attention_mask, memory_TBE, context_mask)
-        streams = self._feed_forward(streams, padding_mask)
+        streams = self._attention(run, streams, attention_mask, memory_TBE, context_mask)
+        streams = self._feed_forward(run, streams, padding_mask)
         if self.num_streams > 1 and self.training:
             stride = max(1, streams.shape[0] // 16)  # a sample of positions is enough for a trend
             self.last_stream_cosine = stream_cosine(streams[stride // 2 :: stride])
-        is_last = self.layer_number == self.config.num_layers
-        output = contract_streams(streams) if is_last else streams.flatten(-2)
-        return make_viewless_tensor(output, requires_grad=True, keep_graph=True), context
+        return contract_streams(streams) if self.contracts_streams else streams.flatten(-2)
 
     def _attention(
-        self, streams: Tensor, documents: Tensor | None, memory_TBE: Tensor | None, memory_documents: Tensor | None
+        self,
+        run: SubLayerCall,
+        streams: Tensor,
+        documents: Tensor | None,
+        memory_TBE: Tensor | None,
+        memory_documents: Tensor | None,
     ) -> Tensor:
         """Attention as a sub-layer. `memory_TBE` is given in the ablation without multiple branches only: memory is
         then fused once, into the hidden state after H_pre, and reaches the streams with attention's output."""
         hidden, mixing = self.mhc_attention(streams) if self.num_streams > 1 else (streams.squeeze(-2), None)
         update = None
         if memory_TBE is not None:
-            update = self.engram(hidden.unsqueeze(-2), memory_TBE, memory_documents).squeeze(-2)
+            update = self._memory_update(run, hidden.unsqueeze(-2), memory_TBE, memory_documents).squeeze(-2)
             hidden = hidden + update
-        output, bias = self.self_attention(self.input_layernorm(hidden), attention_mask=documents)
-        assert bias is None, "Engram models have no bias in linear layers"
+        output = run(self._attend, self.input_layernorm(hidden), documents)
         if update is not None:
             output = output + update
         return _write_back(streams, output, mixing)
 
-    def _feed_forward(self, streams: Tensor, padding_mask: Tensor | None) -> Tensor:
+    def _feed_forward(self, run: SubLayerCall, streams: Tensor, padding_mask: Tensor | None) -> Tensor:
         hidden, mixing = self.mhc_mlp(streams) if self.num_streams > 1 else (streams.squeeze(-2), None)
-        extra = {"padding_mask": padding_mask} if self.is_moe_layer else {}
-        output, bias = self.mlp(self.pre_mlp_layernorm(hidden), **extra)
-        assert bias is None, "Engram models have no bias in linear layers"
+        output = run(self._transform, self.pre_mlp_layernorm(hidden), padding_mask)
         return _write_back(streams, output, mixing)
+
+    def _memory_update(
+        self, run: SubLayerCall, streams: Tensor, memory_TBE: Tensor, documents: Tensor | None
+    ) -> Tensor:
+        if "engram" not in self.recompute:
+            return run(self.engram, streams, memory_TBE, documents)
+        if self.rebuilds_streams:  # a part of what is computed again between the sub-layers
+            return call(self.engram, streams, memory_TBE, documents)
+        return run_again(self.engram, streams, memory_TBE, documents)
+
+    def _attend(self, normed: Tensor, documents: Tensor | None) -> Tensor:
+        output, bias = self.self_attention(normed, attention_mask=documents)
+        assert bias is None, "Engram models have no bias in linear layers"
+        return output  # type: ignore[no-any-return]
+
+    def _transform(self, normed: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """The feed-forward: dense, or a mixture of experts, whose all-to-all is then repeated with it."""
+        if "feed_forward" in self.recompute:
+            return run_again_with_router(self._run_mlp, normed, padding_mask)
+        return self._run_mlp(normed, padding_mask)
+
+    def _run_mlp(self, normed: Tensor, padding_mask: Tensor | None) -> Tensor:
+        extra = {"padding_mask": padding_mask} if self.is_moe_layer else {}
+        output, bias = self.mlp(normed, **extra)
+        assert bias is None, "Engram models have no bias in linear layers"
+        return output  # type: ignore[no-any-return]
 
 
 def _write_back(streams_TBMC: Tensor, output_TBC: Tensor, mixing: StreamMixing | None) -> Tensor:

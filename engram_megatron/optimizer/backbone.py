@@ -28,6 +28,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 from engram_megatron import platform
 from engram_megatron.config import OptimizerConfig, RunConfig
@@ -112,9 +113,9 @@ class BackboneOptimizer:
     def gradient_norm_squared(self) -> float:
         """Sum of squares of all gradients of the whole model, each parameter counted once. float64; a collective.
 
-        Parameters replicated over tensor-parallel ranks count on the first; sums then run over the tensor- and
-        pipeline-parallel ranks, and for experts over the expert-parallel ranks too; over all ranks where each gradient
-        has one owner.
+        Parameters replicated over tensor-parallel ranks count on the first, copies for another pipeline stage (Megatron
+        marks them `shared`) not at all; sums then run over the tensor- and pipeline-parallel ranks, and for experts
+        over the expert-parallel ranks too; over all ranks where each gradient has one owner.
         """
         dense = self._local_square(is_expert=False)
         experts = self._local_square(is_expert=True)
@@ -197,9 +198,9 @@ class BackboneOptimizer:
         gradients = []
         for part in self._parts:
             assert part.main.grad is not None, "gradient_norm_squared() before prepare_gradients()"
-            if part.tensor.is_expert == is_expert and param_is_not_tensor_parallel_duplicate(
-                part.tensor.parameter, expert_tp_group=expert_group
-            ):
+            parameter = part.tensor.parameter
+            first = param_is_not_tensor_parallel_duplicate(parameter, expert_tp_group=expert_group)
+            if part.tensor.is_expert == is_expert and first and param_is_not_shared(parameter):
                 gradients.append(part.main.grad)
         if not gradients:
             return torch.zeros((), dtype=torch.float64, device=platform.device())

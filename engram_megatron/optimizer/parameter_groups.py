@@ -21,12 +21,13 @@ from engram_megatron.config import EngramConfig, ModelConfig
 
 Kind = Literal["adam", "embedding", "whole", "gate_up", "latent_rope", "key_value_heads", "hyper_connection", "engram"]
 
-_LAYER = r"decoder\.layers\.\d+\."
+_LAYER = r"(decoder\.layers\.\d+|mtp\.layers\.\d+\.mtp_model_layer)\."
 _VECTORS = ("embedding", "adam")
 # Each parameter that is not a plain vector, by its global name. Vectors need no entry: they all take Adam.
 _KINDS: tuple[tuple[str, Kind], ...] = (
     (r"embedding\.word_embeddings\.weight", "embedding"),
     (r"output_layer\.weight", "embedding"),
+    (r"mtp\.layers\.\d+\.projection\.weight", "whole"),
     (_LAYER + r"self_attention\.linear_q_proj\.weight", "whole"),
     (_LAYER + r"self_attention\.linear_q_(down|up)_proj\.weight", "whole"),
     (_LAYER + r"self_attention\.linear_kv_down_proj\.weight", "latent_rope"),

@@ -119,6 +119,7 @@ def _flops(flops: TokenFlops, sequence_length: int) -> str:
         "hyper_connections": "hyper-connections",
         "engram": "Engram",
         "head": "output head",
+        "multi_token_prediction": "multi-token prediction",
     }
     rows = [[text, _short(getattr(flops, name))] for name, text in names.items()]
     rows.append(["forward", _short(flops.forward)])
@@ -149,7 +150,7 @@ def _memory(config: RunConfig, world_size: int) -> str:
     rows.append(["microbatches in flight", *(str(memories[stage].microbatches_in_flight) for stage in shown)])
     lines = [
         _table(rows, right=range(1, len(rows[0]))),
-        "Plain data parallelism: every replica holds whole gradients and optimizer state. Without recomputation.",
+        "Plain data parallelism: every replica holds whole gradients and optimizer state.",
     ]
     if config.engram is not None:
         lines.append(f"Host tables of the whole job: {_bytes(job_table_bytes(config, world_size))}.")

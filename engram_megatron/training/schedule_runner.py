@@ -4,9 +4,12 @@ pipeline stages, or interleaved 1F1B over chunks."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
@@ -14,8 +17,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from engram_megatron.config import RunConfig
+from engram_megatron.model.parameter_names import unwrapped
 from engram_megatron.training.forward_step import Microbatch, forward_step
 from engram_megatron.training.pipeline_communication import StreamCommunicator
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSums:
+    """Sums over the microbatches of one rank, in nats, and the tokens that they are over; zeros except on the last
+    pipeline stage. `mtp_...`: multi-token prediction, zeros without it and in evaluation."""
+
+    loss: float
+    tokens: int
+    mtp_loss: float
+    mtp_tokens: int
 
 
 class ScheduleRunner:
@@ -40,15 +55,12 @@ class ScheduleRunner:
             groups = ProcessGroupCollection.use_mpu_process_groups()
             self._groups = {"p2p_communicator": communicator, "pg_collection": groups}
 
-    def train(self, microbatches: Sequence[Iterator[Microbatch]], count: int) -> tuple[float, int]:
-        """Forward and backward of `count` microbatches, given once for each chunk.
-
-        Returns this rank's (sum of losses in nats, tokens): zeros except on the last pipeline stage.
-        """
+    def train(self, microbatches: Sequence[Iterator[Microbatch]], count: int) -> LossSums:
+        """Forward and backward of `count` microbatches, given once for each chunk."""
         return self._sums(self._schedule(microbatches, count, forward_only=False))
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Iterator[Microbatch]], count: int) -> tuple[float, int]:
+    def evaluate(self, microbatches: Sequence[Iterator[Microbatch]], count: int) -> LossSums:
         """Forward only; the router's balancing statistics are untouched."""
         for chunk in self.chunks:
             chunk.eval()
@@ -62,7 +74,7 @@ class ScheduleRunner:
     ) -> list[dict[str, Tensor]]:
         assert len(microbatches) == len(self.chunks)
         result: Any = self._run(
-            forward_step_func=forward_step,
+            forward_step_func=partial(forward_step, mtp_loss_weight=self.config.model.mtp.loss_weight),
             data_iterator=list(microbatches),
             model=self.chunks,
             num_microbatches=count,
@@ -81,7 +93,26 @@ class ScheduleRunner:
             if hasattr(module, "local_tokens_per_expert")
         }
         finalize_model_grads(chunks, None, **kwargs)
+        if self.config.model.mtp.num_layers > 0 and self.config.parallel.pipeline > 1:
+            sum_embedding_gradients(chunks)
 
     @staticmethod
-    def _sums(losses: list[dict[str, Tensor]]) -> tuple[float, int]:
-        return float(sum(item["loss_sum"] for item in losses)), int(sum(item["tokens"] for item in losses))
+    def _sums(losses: list[dict[str, Tensor]]) -> LossSums:
+        def total(name: str) -> Any:
+            return sum(item[name].item() for item in losses if name in item)
+
+        return LossSums(
+            loss=float(total("loss_sum")),
+            tokens=int(total("tokens")),
+            mtp_loss=float(total("mtp_loss_sum")),
+            mtp_tokens=int(total("mtp_tokens")),
+        )
+
+
+def sum_embedding_gradients(chunks: Sequence[nn.Module]) -> None:
+    """Give the first stage's embedding and the copy of multi-token prediction on the last stage the sum of their
+    gradients. Collective over the first and the last stage of a pipeline; other stages have neither."""
+    for chunk in map(unwrapped, chunks):
+        if hasattr(chunk, "embedding"):
+            gradient = chunk.embedding.word_embeddings.weight.main_grad
+            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())

@@ -13,6 +13,7 @@ from torch import nn
 
 from engram_megatron.config import RunConfig
 from engram_megatron.gather.statistics import GatherStatistics
+from engram_megatron.model.counts import has_mtp_experts
 from engram_megatron.model.parameter_names import unwrapped
 from engram_megatron.training.parallel import Ranks, sum_over_ranks
 
@@ -48,7 +49,9 @@ def expert_metrics(config: RunConfig, expert_tokens: Mapping[int, Any], ranks: R
     moe = config.model.moe
     if moe is None:
         return {}
-    layers = range(moe.num_leading_dense_layers + 1, config.model.num_layers + 1)
+    layers = list(range(moe.num_leading_dense_layers + 1, config.model.num_layers + 1))
+    if has_mtp_experts(config.model):
+        layers.append(config.model.num_layers + 1)
     nothing = [0.0] * moe.num_experts
     flat = [float(n) for layer in layers for n in expert_tokens.get(layer, nothing)]
     totals = sum_over_ranks(flat, ranks)
@@ -56,8 +59,9 @@ def expert_metrics(config: RunConfig, expert_tokens: Mapping[int, Any], ranks: R
     for index, layer in enumerate(layers):
         load = totals[index * moe.num_experts : (index + 1) * moe.num_experts]
         mean = max(sum(load) / moe.num_experts, 1e-9)
-        values[f"moe/max_load/layer_{layer}"] = max(load) / mean
-        values[f"moe/min_load/layer_{layer}"] = min(load) / mean
+        name = "mtp" if layer > config.model.num_layers else f"layer_{layer}"
+        values[f"moe/max_load/{name}"] = max(load) / mean
+        values[f"moe/min_load/{name}"] = min(load) / mean
     return values
 
 

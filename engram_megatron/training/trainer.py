@@ -44,6 +44,7 @@ class StepResult:
     """What one step found, the same on every rank."""
 
     loss: float  # nats per token of the global batch
+    mtp_loss: float | None  # of multi-token prediction alone, nats per token that it predicts, without its weight
     gradient_norm: float  # of the loss per token, over backbone and tables
     learning_rate: float
     num_tokens: int  # whose loss counted
@@ -81,24 +82,28 @@ class Trainer:
         """
         started = time.perf_counter()
         self.optimizer.zero_grad()
-        microbatches, rows = self._prepare(batches)
+        microbatches, rows = self._prepare(batches, is_training=True)
         gathered = time.perf_counter()
-        loss_sum, tokens = self.runner.train(microbatches, len(batches))
-        counted = once_per_replica([loss_sum, float(tokens)], self.ranks)
+        sums = self.runner.train(microbatches, len(batches))
+        counted = once_per_replica(
+            [sums.loss, float(sums.tokens), sums.mtp_loss, float(sums.mtp_tokens)],
+            self.ranks,
+        )
         totals = sum_over_ranks([*counted, float(stop_requested)], self.ranks)
         num_tokens = max(int(totals[1]), 1)  # a batch of nothing but document starts has none
-        loss = totals[0] / num_tokens
-        if not math.isfinite(loss):
+        loss, mtp_loss = totals[0] / num_tokens, totals[2] / max(int(totals[3]), 1)
+        if not math.isfinite(loss + mtp_loss):
             raise NonFiniteLossError(f"loss is {loss} in step {step + 1}; the optimizer has not moved")
         learning_rate = self.schedule.at(step)
         gradient_norm = self._update(step, rows, num_tokens, learning_rate)
         platform.synchronize()
         return StepResult(
             loss=loss,
+            mtp_loss=mtp_loss if self.config.model.mtp.num_layers > 0 else None,
             gradient_norm=gradient_norm,
             learning_rate=learning_rate,
             num_tokens=num_tokens,
-            stop_requests=int(totals[2]),
+            stop_requests=int(totals[4]),
             seconds=time.perf_counter() - started,
             gather_wait_s=gathered - started,
             gather=None if rows is None else rows.statistics,
@@ -110,9 +115,9 @@ class Trainer:
         loss_sum, tokens = 0.0, 0
         for index in range(num_batches):
             batches = microbatches_of(index)
-            microbatches, _ = self._prepare(batches)
-            batch_loss, batch_tokens = self.runner.evaluate(microbatches, len(batches))
-            loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
+            microbatches, _ = self._prepare(batches, is_training=False)
+            sums = self.runner.evaluate(microbatches, len(batches))
+            loss_sum, tokens = loss_sum + sums.loss, tokens + sums.tokens
         counted = once_per_replica([loss_sum, float(tokens)], self.ranks)
         total_loss, total_tokens = sum_over_ranks(counted, self.ranks)
         return total_loss / max(total_tokens, 1.0)
@@ -135,6 +140,8 @@ class Trainer:
         if self.memory is not None and result.gather is not None:
             values["train/table_learning_rate"] = result.learning_rate * self.memory.learning_rate_multiplier
             values |= gather_metrics(result.gather, result.gather_wait_s, self.ranks)
+        if result.mtp_loss is not None:
+            values["train/mtp_loss"] = result.mtp_loss
         return values | self._model_metrics()
 
     def _model_metrics(self) -> dict[str, float]:
@@ -142,12 +149,16 @@ class Trainer:
             self.config, self.runner.expert_tokens, self.ranks
         )
 
-    def _prepare(self, batches: Sequence[Batch]) -> tuple[list[Iterator[Microbatch]], UniqueRows | None]:
+    def _prepare(
+        self, batches: Sequence[Batch], *, is_training: bool
+    ) -> tuple[list[Iterator[Microbatch]], UniqueRows | None]:
         """Fetch the rows of all microbatches, and expand those of a microbatch only when a chunk's turn comes."""
         rows = None if self.memory is None else self.memory.start(batches).wait()
-        return [self._microbatches(batches, rows, chunk) for chunk in range(len(self.chunks))], rows
+        return [self._microbatches(batches, rows, chunk, is_training) for chunk in range(len(self.chunks))], rows
 
-    def _microbatches(self, batches: Sequence[Batch], rows: UniqueRows | None, chunk: int) -> Iterator[Microbatch]:
+    def _microbatches(
+        self, batches: Sequence[Batch], rows: UniqueRows | None, chunk: int, is_training: bool
+    ) -> Iterator[Microbatch]:
         engram = self.config.engram
         for index, batch in enumerate(batches):
             memory_LTBE = None
@@ -158,7 +169,8 @@ class Trainer:
                 memory_LTBE,
                 separate_documents=self.config.data.separate_documents,
                 cut_memory_at_documents=engram is not None and engram.cut_at_documents,
-                positions=self.ranks.token_positions(self.config.data.sequence_length),
+                multi_token_prediction=is_training and self.config.model.mtp.num_layers > 0,
+                positions=self.ranks.token_positions(batch.tokens.shape[1]),
             )
 
     def _update(self, step: int, rows: UniqueRows | None, num_tokens: int, learning_rate: float) -> float:

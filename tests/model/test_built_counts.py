@@ -28,6 +28,8 @@ VARIANTS = {
     "no convolution": ("engram.conv=false",),
     "bias": ("engram.bias=true",),
     "compressed queries": ("model.attention.query_lora_rank=16",),
+    "multi-token prediction": ("model.mtp.num_layers=1",),
+    "multi-token prediction, dense": ("model.mtp.num_layers=1", "model.moe=none", "model.mhc.num_streams=1"),
     "first layer": ("engram.layer_numbers=1,3",),
 }
 PRESETS = (dense_4b, moe_27b, engram_27b, engram_40b)

@@ -146,3 +146,13 @@ def test_balancing_biases_are_buffers_of_the_expert_layers_only() -> None:
     assert {spec.shape for spec in buffers} == {(55,)}
     assert not {spec.name for spec in buffers} & {spec.name for spec in tensor_specs(engram_27b())}
     assert buffer_specs(dense_4b()) == []
+
+
+def test_multi_token_prediction_is_stored_but_in_no_published_count() -> None:
+    plain = engram_27b()
+    config = replace(plain, model=replace(plain.model, mtp=replace(plain.model.mtp, num_layers=1)))
+    ours, without = count_parameters(config), count_parameters(plain)
+    assert (ours.total, ours.activated, ours.sparse_ratio) == (without.total, without.activated, without.sparse_ratio)
+    layer = sum(spec.count for spec in parameter_specs(plain) if spec.layer == 29)  # the last one, of experts
+    extra = 3 * 2560 + 2 * 2560**2  # three norms and the projection
+    assert ours.stored - without.stored == ours.multi_token_prediction == layer + extra

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engram_megatron.config import HyperConnectionConfig, RunConfig
 from engram_megatron.model.counts import count_parameters
 from engram_megatron.model.flops import token_flops
-from engram_megatron.presets import engram_27b
+from engram_megatron.presets import engram_27b, moe_27b
 
 TOKENS = 256  # one sequence of `tiny_shapes`
 
@@ -154,3 +154,14 @@ def test_active_matrices_give_the_usual_six_flops_per_parameter() -> None:
     rest = flops.attention_core + mixing
     parameters = counts.activated + counts.by_part["output head"]
     assert flops.forward_backward - 3 * rest == pytest.approx(6 * parameters, rel=1e-3)
+
+
+def test_multi_token_prediction_costs_a_layer_a_projection_and_the_head() -> None:
+    plain = moe_27b()
+    config = replace(plain, model=replace(plain.model, mtp=replace(plain.model.mtp, num_layers=1)))
+    shallow = replace(plain, model=replace(plain.model, num_layers=plain.model.num_layers - 1))
+    one_layer = token_flops(plain).forward - token_flops(shallow).forward
+    width = plain.model.hidden_size
+    extra = one_layer + 2 * 2 * width**2 + token_flops(plain).head
+    assert token_flops(config).multi_token_prediction == extra
+    assert token_flops(config).forward == token_flops(plain).forward + extra

@@ -102,3 +102,40 @@ def test_activations_shrink_with_tensor_and_context_ranks() -> None:
     whole = microbatch_activation_bytes(tiny, 0)
     assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(tensor=2)), 0) == whole // 2
     assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(context=4)), 0) == whole // 4
+
+
+def _recomputed(config: RunConfig, recompute: str, *modules: str) -> int:
+    training = replace(config.training, recompute=recompute, recompute_modules=modules)  # type: ignore[arg-type]
+    return microbatch_activation_bytes(replace(config, training=training), 0)
+
+
+def test_full_recomputation_keeps_the_streams_of_every_layer_and_one_whole_layer() -> None:
+    tiny = tiny_shapes()
+    one_moe_layer = replace(tiny, engram=None, model=replace(tiny.model, num_layers=1))
+    moe = replace(one_moe_layer.model.moe, num_leading_dense_layers=0)  # type: ignore[type-var]
+    one, four = (
+        replace(one_moe_layer, model=replace(one_moe_layer.model, num_layers=layers, moe=moe)) for layers in (1, 4)
+    )
+    assert _recomputed(one, "full") == _recomputed(one, "none"), "the one layer is whole when its backward pass runs"
+    streams = 4 * 256 * 4 * 128 * 4  # sequences, tokens, streams, width, bytes
+    assert _recomputed(four, "full") - _recomputed(one, "full") == 3 * streams
+
+
+def test_every_recomputed_part_saves_something() -> None:
+    config = engram_27b()
+    none, full = _recomputed(config, "none"), _recomputed(config, "full")
+    parts = [_recomputed(config, "selective", part) for part in ("engram", "mhc", "feed_forward")]
+    together = _recomputed(config, "selective", "engram", "mhc", "feed_forward")
+    assert full < together < min(parts) <= max(parts) < none
+    assert none - together == pytest.approx(sum(none - part for part in parts), rel=1e-6)
+
+
+def test_multi_token_prediction_stands_on_the_last_stage_with_a_copy_of_the_embedding() -> None:
+    tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=2))
+    config = replace(tiny, model=replace(tiny.model, mtp=replace(tiny.model.mtp, num_layers=1)))
+    prediction = {spec.name for spec in parameter_specs(config)} - {spec.name for spec in parameter_specs(tiny)}
+    first, last = ({spec.name for spec in stage_specs(config, stage)} for stage in range(2))
+    assert first == {spec.name for spec in stage_specs(tiny, 0)}
+    assert last - {spec.name for spec in stage_specs(tiny, 1)} == prediction | {"embedding.word_embeddings.weight"}
+    assert microbatch_activation_bytes(config, 0) == microbatch_activation_bytes(tiny, 0)
+    assert microbatch_activation_bytes(config, 1) > microbatch_activation_bytes(tiny, 1)

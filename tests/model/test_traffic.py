@@ -93,3 +93,10 @@ def test_expected_unique_ratio_meets_the_measurements_and_falls_between_them() -
     assert expected_unique_ratio(100) == 0.49
     assert expected_unique_ratio(10**9) == pytest.approx(0.21)
     assert 0.33 < expected_unique_ratio(600_000) < 0.42
+
+
+def test_copies_of_the_embedding_exchange_their_gradient_once() -> None:
+    tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=4))
+    config = replace(tiny, model=replace(tiny.model, mtp=replace(tiny.model.mtp, num_layers=1)))
+    more = [rank_traffic(config, 4, stage).pipeline - rank_traffic(tiny, 4, stage).pipeline for stage in range(4)]
+    assert more == [4096 * 128 * 4, 0, 0, 4096 * 128 * 4]

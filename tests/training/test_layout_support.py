@@ -33,6 +33,13 @@ def test_size_that_tensor_ranks_cannot_share_is_named(override: str, told: str) 
         check_layout_is_supported(small_run_config(overrides=overrides), 4)
 
 
+def test_width_that_tensor_ranks_cannot_share_matters_to_multi_token_prediction_alone() -> None:
+    overrides = ["model.attention.num_heads=4", "parallel.tensor=4", "model.hidden_size=30"]
+    check_layout_is_supported(small_run_config(overrides=overrides), 4)
+    with pytest.raises(UsageError, match=r"model\.hidden_size = 30 is not divisible by parallel\.tensor = 4"):
+        check_layout_is_supported(small_run_config(overrides=[*overrides, "model.mtp.num_layers=1"]), 4)
+
+
 @pytest.mark.parametrize(
     "unused", [("model.moe.num_leading_dense_layers=0", "model.dense_ffn_size=50"), ("model.moe.num_shared_experts=0",)]
 )
