@@ -34,9 +34,12 @@ class BackboneTensor:
     @property
     def replica_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same part of the tensor."""
-        if self.is_expert:
-            return parallel_state.get_expert_data_parallel_group()  # type: ignore[no-any-return]
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)  # type: ignore[no-any-return]
+        group: dist.ProcessGroup = (
+            parallel_state.get_expert_data_parallel_group()
+            if self.is_expert
+            else parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+        return group
 
 
 def is_expert(parameter: torch.nn.Parameter) -> bool:

@@ -60,6 +60,7 @@ class Trained:
 
     tensor_rank: int
     norms_squared: list[float] = field(default_factory=list)
+    gradients: list[Any] = field(default_factory=list)  # of the last step, in the order of the parameters
     weights: list[dict[str, Any]] = field(default_factory=list)
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -89,6 +90,8 @@ def _train(layout: Layout, distributed: bool) -> Trained:
             accumulate_gradients(chunk, step)
         optimizer.prepare_gradients()
         trained.norms_squared.append(optimizer.gradient_norm_squared())
+        whole = optimizer.whole_gradients()
+        trained.gradients = [whole[p].numpy().copy() for chunk in chunks for p in chunk.parameters()]
         optimizer.step(LR, scale)
         trained.weights.append(
             {
@@ -149,6 +152,13 @@ def test_updates_are_those_of_the_replicated_optimizer(layout: Layout) -> None:
         # A sum of squares in float64 in another order.
         np.testing.assert_allclose(distributed.norms_squared, replicated.norms_squared, rtol=1e-13)
         assert len(set(distributed.norms_squared)) == len(SCALES)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.exact], ids=str)
+def test_gradients_put_together_from_their_owners_are_the_replicated_ones(layout: Layout) -> None:
+    for replicated, distributed in _runs(layout):
+        for expected, gradient in zip(replicated.gradients, distributed.gradients, strict=True):
+            np.testing.assert_array_equal(gradient, expected, strict=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -1,5 +1,5 @@
-"""Whole runs with the distributed optimizer, over data, tensor, expert and pipeline ranks, against one process that
-holds everything: loss, clip norm, five optimizer steps, tables. And runs that switch it on or off at a resume."""
+"""Whole runs with the distributed optimizer, over data, tensor, expert, context and pipeline ranks, against one
+process that holds everything: loss, clip norm, five optimizer steps, tables. And runs that switch it at a resume."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Layout(NamedTuple):
     ranks: int
     tensor: int = 1
     expert: int = 1
+    context: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1
 
@@ -39,6 +40,7 @@ LAYOUTS = [
     Layout(4, expert=2),
     Layout(4, tensor=2),
     Layout(4, tensor=2, expert=2),
+    Layout(4, context=2),
     Layout(4, pipeline=2, virtual_pipeline=2),
 ]
 
