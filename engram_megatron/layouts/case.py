@@ -18,8 +18,8 @@ from engram_megatron.config import DType, RunConfig
 from engram_megatron.layouts.compare import (
     Difference,
     DisagreementError,
+    drift,
     largest_difference,
-    largest_drift,
     live,
     moved_state,
     tokens_per_expert,
@@ -29,13 +29,14 @@ from engram_megatron.layouts.compare import (
 )
 from engram_megatron.layouts.documents import loss_alone, packed_loss
 from engram_megatron.layouts.matrix import Layout, Variation
-from engram_megatron.layouts.rank_run import Array, RankRecord, StepRecord, train_small_model
+from engram_megatron.layouts.rank_run import Array, Plan, RankRecord, StepRecord, train_small_model
+from engram_megatron.layouts.routing_replay import StepChoices
 from engram_megatron.layouts.small_model import small_model_config
 
 FLOAT64_BOUND = 1e-9
 # Sums in another order are roundings of the same size as a change of the weights' last bit; five steps of a nonlinear
-# model (the root in Engram's gate has no bounded slope) enlarge both alike. The factor is for luck: the largest of some
-# hundred tensors, against a few draws.
+# model (the root in Engram's gate has no bounded slope) enlarge both alike. The factor is for luck: one run of a layout
+# against the worst of a few draws.
 FLOAT32_FACTOR, FLOAT32_DRAWS = 5.0, 3
 FLOAT64_STEPS, FLOAT32_STEPS, BFLOAT16_STEPS = 2, 5, 2
 
@@ -60,41 +61,47 @@ class RankCell:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What one rank alone saw: five steps in float64, float32 again with other last bits, documents one by one."""
+    """What one rank alone saw: five steps in float64, in float32 with the same experts and with other last bits of the
+    weights too, in bfloat16; and documents one by one."""
 
-    cell: RankCell
-    jittered: list[RankRecord]
+    float64: RankRecord
+    float32: list[RankRecord]
+    bfloat16: RankRecord
     loss_alone: float | None
 
 
-def run_cell(rank: int, world_size: int, layout: Layout, variation: Variation, float64_steps: int) -> RankCell:
-    """On one rank of `layout`."""
+def run_cell(
+    rank: int, world_size: int, layout: Layout, variation: Variation, choices: Sequence[StepChoices]
+) -> RankCell:
+    """On one rank of `layout`. `choices`: the reference's experts, replayed in float32."""
 
-    def run(dtype: DType, steps: int, recorded: int) -> RankRecord:
-        config = case_config(layout, variation, dtype)
-        return train_small_model(rank, world_size, config, steps, recorded_steps=recorded)
+    def run(dtype: DType, plan: Plan) -> RankRecord:
+        return train_small_model(rank, world_size, case_config(layout, variation, dtype), plan)
 
+    packed = packed_loss(rank, world_size, case_config(layout, variation, "float64")) if variation.packed else None
     return RankCell(
-        float64=run("float64", float64_steps, FLOAT64_STEPS),
-        float32=run("float32", FLOAT32_STEPS, 0),
-        bfloat16=run("bfloat16", BFLOAT16_STEPS, 0),
-        packed_loss=packed_loss(rank, world_size, case_config(layout, variation, "float64"))
-        if variation.packed
-        else None,
+        float64=run("float64", Plan(num_steps=FLOAT64_STEPS, recorded_steps=FLOAT64_STEPS)),
+        float32=run("float32", Plan(num_steps=FLOAT32_STEPS, choices=choices)),
+        bfloat16=run("bfloat16", Plan(num_steps=BFLOAT16_STEPS)),
+        packed_loss=packed,
     )
 
 
 def run_reference(rank: int, world_size: int, layout: Layout, variation: Variation) -> Reference:
     """On the only rank of `layout`."""
     assert layout.ranks == 1
-    config = case_config(layout, variation, "float32")
+
+    def run(dtype: DType, plan: Plan) -> RankRecord:
+        return train_small_model(rank, world_size, case_config(layout, variation, dtype), plan)
+
+    alone = loss_alone(rank, world_size, case_config(layout, variation, "float64")) if variation.packed else None
+    float64 = run("float64", Plan(num_steps=FLOAT32_STEPS, recorded_steps=FLOAT64_STEPS, record_choices=True))
+    draws = range(FLOAT32_DRAWS + 1)
     return Reference(
-        run_cell(rank, world_size, layout, variation, FLOAT32_STEPS),
-        [
-            train_small_model(rank, world_size, config, FLOAT32_STEPS, recorded_steps=0, jitter=draw)
-            for draw in range(1, FLOAT32_DRAWS + 1)
-        ],
-        loss_alone(rank, world_size, case_config(layout, variation, "float64")) if variation.packed else None,
+        float64=float64,
+        float32=[run("float32", Plan(num_steps=FLOAT32_STEPS, choices=float64.choices, jitter=d)) for d in draws],
+        bfloat16=run("bfloat16", Plan(num_steps=BFLOAT16_STEPS)),
+        loss_alone=alone,
     )
 
 
@@ -109,7 +116,7 @@ class Outcome:
     norm: float
     gradient: Difference
     update: Difference  # of parameters, rows and balancing biases
-    float32_drift: Difference
+    float32_drift: float
     float32_bound: float
     bfloat16_loss: float
 
@@ -117,23 +124,19 @@ class Outcome:
     def passes(self) -> bool:
         """All bounds hold."""
         exact = max(self.loss, self.documents or 0.0, self.norm, self.gradient.value, self.update.value)
-        return exact <= FLOAT64_BOUND and self.float32_drift.value <= self.float32_bound
+        return exact <= FLOAT64_BOUND and self.float32_drift <= self.float32_bound
 
 
 def judge(layout: Layout, variation: Variation, cells: Sequence[RankCell], reference: Reference) -> Outcome:
     """Compare what the ranks of a cell saw with one rank.
 
     Raises:
-        DisagreementError: ranks differ in what they hold together, or a router chose other experts than one rank's
-            (then the gradients of the two cannot be compared; the reference's closest choice was too close).
+        DisagreementError: ranks differ in what they hold together, or a router chose other experts in float64 than one
+            rank's (then the gradients of the two cannot be compared; the reference's closest choice was too close).
     """
-    alone = reference.cell
-    float64, float32 = [cell.float64 for cell in cells], [cell.float32 for cell in cells]
-    compared = [_compare_step(float64, [alone.float64], step) for step in range(FLOAT64_STEPS)]
-    for step in range(FLOAT32_STEPS):
-        _check_routing(float32, [alone.float32], step)
+    float64 = [cell.float64 for cell in cells]
+    compared = [_compare_step(float64, [reference.float64], step) for step in range(FLOAT64_STEPS)]
     losses, norms, gradients, updates = zip(*compared, strict=True)
-    rounded = [_drift([record], [alone.float64]).value for record in (alone.float32, *reference.jittered)]
     return Outcome(
         layout=layout,
         variation=variation,
@@ -142,11 +145,11 @@ def judge(layout: Layout, variation: Variation, cells: Sequence[RankCell], refer
         norm=max(norms),
         gradient=max(gradients),
         update=max(updates),
-        float32_drift=_drift(float32, [alone.float64]),
-        float32_bound=FLOAT32_FACTOR * max(rounded),
+        float32_drift=_drift([cell.float32 for cell in cells], reference.float64),
+        float32_bound=FLOAT32_FACTOR * max(_drift([record], reference.float64) for record in reference.float32),
         bfloat16_loss=max(
             abs(ours.loss / theirs.loss - 1)
-            for ours, theirs in zip(cells[0].bfloat16.steps, alone.bfloat16.steps, strict=True)
+            for ours, theirs in zip(cells[0].bfloat16.steps, reference.bfloat16.steps, strict=True)
         ),
     )
 
@@ -183,10 +186,9 @@ def _gradients(steps: Sequence[StepRecord], num_rows: int) -> dict[str, Array]:
     return live(whole_tensors(step.gradients for step in steps)) | {"table": table}
 
 
-def _drift(records: Sequence[RankRecord], reference: Sequence[RankRecord]) -> Difference:
-    """After all steps, of parameters and rows."""
-    ours, theirs = (moved_state([record.end for record in of_ranks]) for of_ranks in (records, reference))
-    return largest_drift(ours, theirs, moved_state([record.start for record in reference]))
+def _drift(records: Sequence[RankRecord], reference: RankRecord) -> float:
+    ours, theirs = (moved_state([record.end for record in of_ranks]) for of_ranks in (records, [reference]))
+    return drift(ours, theirs, moved_state([reference.start]))
 
 
 def _check_routing(records: Sequence[RankRecord], reference: Sequence[RankRecord], step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
+from engram_megatron.layouts.routing_replay import ChoiceRecorder, ChoiceReplay, StepChoices
 from engram_megatron.layouts.small_model import global_batch, hasher_of, jitter_weights, microbatches, roughen
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
@@ -55,6 +57,21 @@ class State:
     expert_bias: dict[str, Array]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run does and keeps: gradients and states of the first `recorded_steps` steps, the numbers of all.
+
+    `choices`: experts to replay, by step. `record_choices`: note the experts (one rank, one sequence per microbatch).
+    `jitter` > 0: start from weights that differ in their last bit, another draw for every number.
+    """
+
+    num_steps: int
+    recorded_steps: int = 0
+    choices: Sequence[StepChoices] | None = None
+    record_choices: bool = False
+    jitter: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class StepRecord:
     """One step of one rank. Gradients are those of the mean loss per token, clipped."""
@@ -70,11 +87,12 @@ class StepRecord:
 
 @dataclass(frozen=True, eq=False)
 class RankRecord:
-    """A run of one rank. Steps hold gradients and states only where that was asked for."""
+    """A run of one rank. Steps hold gradients and states, and `choices` experts, only where `Plan` asked for it."""
 
     start: State
     steps: list[StepRecord]
     end: State
+    choices: list[StepChoices]
 
 
 NO_ROWS = Rows(np.empty(0, np.int64), np.empty((0, 0)))
@@ -114,24 +132,24 @@ class SmallRun:
         return Shard(_numbers(values), partition_dim(parameter), self.ranks.tensor_rank)
 
 
-def train_small_model(
-    rank: int, world_size: int, config: RunConfig, num_steps: int, *, recorded_steps: int, jitter: int = 0
-) -> RankRecord:
-    """Train `num_steps` steps of `config` on this rank of a layout; the default process group exists.
-
-    Gradients and states of the first `recorded_steps` steps are kept, of the others the numbers alone. `jitter` > 0
-    starts from weights that differ in their last bit, another draw for every number.
-    """
+def train_small_model(rank: int, world_size: int, config: RunConfig, plan: Plan) -> RankRecord:
+    """Train `plan.num_steps` steps of `config` on this rank of a layout; the default process group exists."""
     run = SmallRun(config, rank, world_size)
-    if jitter:
-        jitter_weights(run.chunks, jitter)
+    if plan.jitter:
+        jitter_weights(run.chunks, plan.jitter)
     recorder = _Recorder(run)
-    start, steps = run.state(), []
-    for step in range(num_steps):
+    listener = ChoiceRecorder(run.chunks) if plan.record_choices else None
+    replay = ChoiceReplay(run.chunks, config, run.ranks) if plan.choices is not None else None
+    start, steps, choices = run.state(), [], []
+    for step in range(plan.num_steps):
+        if replay is not None and plan.choices is not None:
+            replay.start_step(plan.choices[step])
         batch = global_batch(step, separate_documents=config.data.separate_documents)
         mine = microbatches(batch, config.training.micro_batch_size, run.ranks.data_rank, run.ranks.data_ranks)
         result = run.trainer.train_step(step, mine, stop_requested=False)
-        recorded = step < recorded_steps
+        if listener is not None:
+            choices.append(listener.take_step())
+        recorded = step < plan.recorded_steps
         steps.append(
             StepRecord(
                 loss=result.loss,
@@ -143,7 +161,7 @@ def train_small_model(
                 after=run.state() if recorded else NO_STATE,
             )
         )
-    return RankRecord(start, steps, run.state())
+    return RankRecord(start, steps, run.state(), choices)
 
 
 class _Recorder:

@@ -20,7 +20,6 @@ from engram_megatron.config import RunConfig
 from engram_megatron.layouts.small_model import LENGTH
 from engram_megatron.model.parameter_names import global_named_parameters
 from engram_megatron.model.router import SigmoidRouter
-from engram_megatron.model.sequence_partition import SequencePartition
 from engram_megatron.training.parallel import Ranks
 
 StepChoices = dict[str, Tensor]  # global name of a router to the experts [S, T, K] of a step
@@ -48,9 +47,7 @@ class ChoiceReplay:
     def __init__(self, chunks: Sequence[nn.Module], config: RunConfig, ranks: Ranks) -> None:
         data_rank, self._size = ranks.data_rank, config.training.micro_batch_size
         self._first = data_rank * config.training.global_batch_size // ranks.data_ranks
-        partition = SequencePartition(context=config.parallel.context, tensor=config.parallel.tensor)
-        place = ranks.context_rank * ranks.tensor_ranks + ranks.tensor_rank
-        self._positions = torch.from_numpy(partition.positions(LENGTH, place))
+        self._positions = torch.from_numpy(ranks.memory_positions(LENGTH))
         self._step: StepChoices = {}
         self._calls: dict[tuple[str, bool], int] = defaultdict(int)
         for name, router in _routers(chunks).items():
@@ -90,4 +87,4 @@ def _listen(router: SigmoidRouter, hear: Callable[[Tensor], None]) -> None:
 
 
 def _replace(router: SigmoidRouter, choose: Callable[[Tensor], Tensor]) -> None:
-    router.choose = choose  # type: ignore[method-assign]
+    router.choose = choose  # type: ignore[method-assign, assignment]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.layouts.case import FLOAT64_STEPS, Outcome, RankCell, Reference, judge, run_cell, run_reference
+from engram_megatron.layouts.case import Outcome, RankCell, Reference, judge, run_cell, run_reference
 from engram_megatron.layouts.compare import DisagreementError
 from engram_megatron.layouts.forked_ranks import run_ranks
 from engram_megatron.layouts.matrix import Layout, Variation
@@ -26,6 +26,7 @@ class Line:
 
     text: str
     passes: bool
+    failure: str = ""  # of a run that did not end: tracebacks and stacks of the ranks
 
 
 def lines(matrix: Sequence[Cell]) -> Iterator[Line]:
@@ -38,12 +39,14 @@ def lines(matrix: Sequence[Cell]) -> Iterator[Line]:
             if key not in references:
                 references[key] = _reference(layout, variation)
             cells: list[RankCell] = run_ranks(
-                run_cell, layout.ranks, layout, variation, FLOAT64_STEPS, timeout_s=TIMEOUT_S
+                run_cell, layout.ranks, layout, variation, references[key].float64.choices, timeout_s=TIMEOUT_S
             )
             outcome = judge(layout, variation, cells, references[key])
             line = _line(outcome, time.monotonic() - started)
         except (DisagreementError, AssertionError) as error:
-            line = Line(f"{layout.name:32} {variation.name:35} FAIL: {error}", passes=False)
+            first, *rest = str(error).splitlines()
+            reason = next((text for text in rest if text and not text.startswith(" ") and "Error" in text), first)
+            line = Line(f"{layout.name:32} {variation.name:35} FAIL: {reason}", passes=False, failure=str(error))
         yield line
 
 
@@ -60,10 +63,10 @@ def _line(outcome: Outcome, seconds: float) -> Line:
     documents = "-" if outcome.documents is None else f"{outcome.documents:.1e}"
     text = (
         f"{outcome.layout.name:32} {outcome.variation.name:35} {outcome.loss:8.1e} {documents:>8} {outcome.norm:8.1e} "
-        f"{outcome.gradient.value:8.1e} {outcome.update.value:8.1e}   {outcome.float32_drift.value:10.1e} "
+        f"{outcome.gradient.value:8.1e} {outcome.update.value:8.1e}   {outcome.float32_drift:10.1e} "
         f"{outcome.float32_bound:8.1e}  {outcome.bfloat16_loss:9.1e}  {seconds:5.1f}"
     )
     if not outcome.passes:
         worst = max(outcome.gradient, outcome.update)
-        text += f"  FAIL: {worst.where} differs most, in float32 {outcome.float32_drift.where}"
+        text += f"  FAIL: {worst.where} differs most in float64"
     return Line(text, outcome.passes)

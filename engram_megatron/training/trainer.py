@@ -170,7 +170,7 @@ class Trainer:
                 separate_documents=self.config.data.separate_documents,
                 cut_memory_at_documents=engram is not None and engram.cut_at_documents,
                 multi_token_prediction=is_training and self.config.model.mtp.num_layers > 0,
-                positions=self.ranks.token_positions(self.config.data.sequence_length),
+                positions=self.ranks.token_positions(batch.tokens.shape[1]),
             )
 
     def _update(self, step: int, rows: UniqueRows | None, num_tokens: int, learning_rate: float) -> float:
