@@ -219,8 +219,8 @@ class ParallelConfig:
     pipeline_layout: str = "auto"
     context: int = 1
     expert: int = 1
-    # Optimizer state divided over data-parallel replicas: Muon by whole matrices, Adam by rows
-    distributed_optimizer: bool = False
+    # Optimizer state divided over data * context replicas: Muon by whole matrices, the vocabulary by rows
+    distributed_optimizer: bool = free(False)
     # A collective that takes longer than this ends the job. Finite, so that survivors of a dead node do not hang.
     collective_timeout_s: int = free(600)
 
@@ -402,10 +402,23 @@ class RunConfig:
                 size % self.parallel.tensor == 0,
                 f"{what} = {size} is not divisible by parallel.tensor = {self.parallel.tensor}",
             )
+        self._validate_pipeline(self.training.num_microbatches(data_ranks))
+
+    def _validate_pipeline(self, num_microbatches: int) -> None:
+        pipeline, chunks = self.parallel.pipeline, self.parallel.virtual_pipeline
         check(
-            self.model.num_layers % self.parallel.pipeline == 0,
-            f"model.num_layers = {self.model.num_layers} is not divisible by parallel.pipeline = "
-            f"{self.parallel.pipeline}",
+            chunks == 1 or pipeline > 1,
+            f"parallel.virtual_pipeline = {chunks} needs parallel.pipeline > 1: chunks of layers take turns on stages",
+        )
+        check(
+            pipeline * chunks <= self.model.num_layers,
+            f"parallel.pipeline * virtual_pipeline = {pipeline} * {chunks} = {pipeline * chunks} exceeds "
+            f"model.num_layers = {self.model.num_layers}: every chunk needs a layer",
+        )
+        check(
+            chunks == 1 or num_microbatches % pipeline == 0,
+            f"parallel.virtual_pipeline = {chunks}: {num_microbatches} microbatches per step are not divisible by "
+            f"parallel.pipeline = {pipeline}; change training.global_batch_size or training.micro_batch_size",
         )
 
     def _check_context(self) -> None:

@@ -9,7 +9,7 @@ this machine. Exit code 1 if a line fails.
 Columns, all relative differences from one rank. In float64, to be at most 1e-9: loss, loss of two packed documents
 against that of the two alone, gradient norm, the worst gradient and the worst updated tensor (tables included) of two
 steps. In float32: how far backbone or table drifted from float64 in five steps, in parts of the way they went; to be at
-most 5 times what a change of the weights' last bit does to one rank. In bfloat16: the loss, for information.
+most what a change of the weights' last bit does to one rank. In bfloat16: the loss, for information.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ from engram_megatron.config import (
 TOKENS_PER_SEQUENCE = 16
 
 
-def small_config(dtype: str = "float32", *, tensor: int = 1, expert: int = 1) -> RunConfig:
+def small_config(
+    dtype: str = "float32", *, tensor: int = 1, expert: int = 1, distributed_optimizer: bool = False
+) -> RunConfig:
     """Two layers, 4 experts, no Engram, no hyper-connections."""
     return RunConfig(
         name="small",
@@ -52,7 +54,7 @@ def small_config(dtype: str = "float32", *, tensor: int = 1, expert: int = 1) ->
             mhc=HyperConnectionConfig(num_streams=1),
         ),
         engram=None,
-        parallel=ParallelConfig(tensor=tensor, expert=expert),
+        parallel=ParallelConfig(tensor=tensor, expert=expert, distributed_optimizer=distributed_optimizer),
         optimizer=OptimizerConfig(learning_rate=1e-2, adam_eps=1e-20),
         training=replace(TrainingConfig(), dtype=dtype),  # type: ignore[arg-type]
     )
@@ -95,7 +97,10 @@ def build_small_gpt(config: RunConfig) -> DistributedDataParallel:
             shape[dim] *= ranks
             whole = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2 + (parameter.ndim == 1)
             parameter.copy_(tensor_parallel_shard(name, whole, dim, ranks))
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=config.training.dtype == "bfloat16")
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.training.dtype == "bfloat16",
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
     return DistributedDataParallel(megatron, ddp, model)
 
 

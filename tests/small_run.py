@@ -119,7 +119,8 @@ def build_small_run(config: RunConfig, rank: int, world_size: int, *, rough: boo
     chunks = build_model_chunks(config)
     if rough:
         roughen(chunks)
-    wrapped = wrap_data_parallel(chunks, TORCH_DTYPE[config.training.dtype])
+    distributed = config.parallel.distributed_optimizer
+    wrapped = wrap_data_parallel(chunks, TORCH_DTYPE[config.training.dtype], distributed_optimizer=distributed)
     optimizer = build_backbone_optimizer(wrapped, config)
     return SmallRun(config, ranks, wrapped, optimizer, memory, Trainer(config, ranks, wrapped, optimizer, memory))
 

@@ -110,7 +110,11 @@ class SmallRun:
         self.memory.initialize(config.training.seed)
         chunks = build_model_chunks(config)
         roughen(chunks)
-        self.chunks: list[nn.Module] = wrap_data_parallel(chunks, TORCH_DTYPE[config.training.dtype])
+        self.chunks: list[nn.Module] = wrap_data_parallel(
+            chunks,
+            TORCH_DTYPE[config.training.dtype],
+            distributed_optimizer=config.parallel.distributed_optimizer,
+        )
         self.optimizer: BackboneOptimizer = build_backbone_optimizer(self.chunks, config)
         self.trainer = Trainer(config, self.ranks, self.chunks, self.optimizer, self.memory)
 
@@ -124,9 +128,9 @@ class SmallRun:
         )
 
     def gradients(self, scale: float) -> dict[str, Shard]:
-        """The reduced gradients by global name, times `scale`, copied."""
-        named = global_named_parameters(self.chunks)
-        return {name: self._shard(p, p.main_grad * scale) for name, p in named}  # type: ignore[attr-defined]
+        """The reduced gradients by global name, times `scale`, copied. Collective."""
+        whole = self.optimizer.whole_gradients()
+        return {name: self._shard(p, whole[p] * scale) for name, p in global_named_parameters(self.chunks)}
 
     def _shard(self, parameter: nn.Parameter, values: Tensor) -> Shard:
         return Shard(_numbers(values), partition_dim(parameter), self.ranks.tensor_rank)

@@ -140,20 +140,41 @@ def _chunk(config: RunConfig, megatron: Any, number: int) -> EngramModel:
     )
 
 
-def wrap_data_parallel(chunks: Sequence[EngramModel], dtype: torch.dtype) -> list[nn.Module]:
+def wrap_data_parallel(
+    chunks: Sequence[EngramModel], dtype: torch.dtype, *, distributed_optimizer: bool = False
+) -> list[nn.Module]:
     """megatron-core's DistributedDataParallel: gradients summed (not averaged) over replicas, in float32 at least.
 
-    Sums, because the loss is divided by the global number of tokens, which is known only after the step.
+    Sums, because the loss is divided by the global number of tokens, which is known only after the step. With
+    `distributed_optimizer` a replica gets the sum of its shard alone, and weights move into DDP's buffers.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=dtype is torch.bfloat16,
         overlap_grad_reduce=False,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=distributed_optimizer,
         check_for_nan_in_grad=False,
     )
-    wrapped: list[nn.Module] = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
+    wrapped: list[nn.Module] = [
+        DistributedDataParallel(
+            chunk.config, ddp, chunk, full_param_layout=_shard_layout(chunk, ddp) if distributed_optimizer else None
+        )
+        for chunk in chunks
+    ]
     for chunk in wrapped:
         chunk.broadcast_params()  # type: ignore[operator]
     return wrapped
+
+
+def _shard_layout(chunk: EngramModel, ddp: Any) -> Any:
+    """megatron-core's own layout of buckets that divide over the replicas. DDP would make the same, with a warning."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return DistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+        None,  # one bucket per dtype: gradients are not reduced during the backward pass
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        ddp,
+        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
+    )

@@ -84,6 +84,7 @@ class TensorRule:
     optimizer: Literal["muon", "adam"]
     weight_decay: bool
     split: MatrixSplit | None = None  # Muon only; None: the matrix (each matrix of a stack) is taken whole
+    by_rows: bool = False  # Adam only; a distributed optimizer divides the tensor's rows over replicas (`ownership`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,7 @@ class ParameterRules:
         """
         kind = _kind(name, shape)
         if kind in _VECTORS:
-            return TensorRule(optimizer="adam", weight_decay=kind == "embedding")
+            return TensorRule(optimizer="adam", weight_decay=kind == "embedding", by_rows=kind == "embedding")
         split = self._split(kind, shape[-2])
         if split is not None:
             rows = split.repeats * sum(split.sizes)

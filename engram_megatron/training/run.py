@@ -95,7 +95,11 @@ def _build(config: RunConfig, ranks: Ranks, inputs: Inputs) -> _Run:
     memory = None
     if inputs.hasher is not None:
         memory = ConditionalMemory(config, inputs.hasher, ranks, shards_on_host=_ranks_on_this_host(ranks))
-    chunks = wrap_data_parallel(build_model_chunks(config), TORCH_DTYPE[config.training.dtype])
+    chunks = wrap_data_parallel(
+        build_model_chunks(config),
+        TORCH_DTYPE[config.training.dtype],
+        distributed_optimizer=config.parallel.distributed_optimizer,
+    )
     optimizer = build_backbone_optimizer(chunks, config)
     checkpointer = Checkpointer(folder, config, ranks, chunks, optimizer, memory, inputs.train)
     step, tokens_seen = _restore(config, checkpointer, inputs)

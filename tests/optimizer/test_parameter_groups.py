@@ -26,7 +26,7 @@ def _muon(*sizes: int, repeats: int = 1, per_rank: bool = False) -> TensorRule:
     return TensorRule(optimizer="muon", weight_decay=True, split=split)
 
 
-DECAYED = TensorRule(optimizer="adam", weight_decay=True)
+DECAYED = TensorRule(optimizer="adam", weight_decay=True, by_rows=True)
 VECTOR = TensorRule(optimizer="adam", weight_decay=False)
 EXPECTED = {
     ("embedding.word_embeddings.weight", (128, 64)): DECAYED,
