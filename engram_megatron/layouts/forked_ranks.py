@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import queue
 import random
 import signal
 import socket
@@ -24,7 +25,8 @@ from typing import Any
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` ranks with a gloo default group; results by rank.
 
-    `function` must stand at the top level of a module, results must be picklable.
+    `function` must stand at the top level of a module; results must be picklable, and hold arrays instead of tensors:
+    torch hands those over in memory that ends with the rank.
 
     Raises:
         AssertionError: a rank raised, died, or did not end in `timeout_s` seconds; all ranks were ended.
@@ -58,7 +60,7 @@ def _collect(processes: list[Any], results: Any, world_size: int, timeout_s: flo
     while len(answers) < world_size and failure is None:
         try:
             rank, error, value = results.get(timeout=0.2)
-        except Exception:
+        except queue.Empty:
             if time.monotonic() > deadline:
                 failure = f"hang: ranks {sorted(set(range(world_size)) - set(answers))} did not end in {timeout_s} s"
             dead = [r for r, p in enumerate(processes) if p.exitcode not in (None, 0) and r not in answers]

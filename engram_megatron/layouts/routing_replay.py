@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engram_megatron.config import RunConfig
@@ -22,7 +24,7 @@ from engram_megatron.model.parameter_names import global_named_parameters
 from engram_megatron.model.router import SigmoidRouter
 from engram_megatron.training.parallel import Ranks
 
-StepChoices = dict[str, Tensor]  # global name of a router to the experts [S, T, K] of a step
+StepChoices = dict[str, NDArray[np.int64]]  # global name of a router to the experts [S, T, K] of a step
 
 
 class ChoiceRecorder:
@@ -35,7 +37,7 @@ class ChoiceRecorder:
 
     def take_step(self) -> StepChoices:
         """What was chosen since the last call."""
-        step = {name: torch.stack(heard) for name, heard in self._heard.items()}
+        step = {name: torch.stack(heard).numpy() for name, heard in self._heard.items()}
         for heard in self._heard.values():
             heard.clear()
         return step
@@ -47,7 +49,7 @@ class ChoiceReplay:
     def __init__(self, chunks: Sequence[nn.Module], config: RunConfig, ranks: Ranks) -> None:
         data_rank, self._size = ranks.data_rank, config.training.micro_batch_size
         self._first = data_rank * config.training.global_batch_size // ranks.data_ranks
-        self._positions = torch.from_numpy(ranks.memory_positions(LENGTH))
+        self._positions = ranks.memory_positions(LENGTH)
         self._step: StepChoices = {}
         self._calls: dict[tuple[str, bool], int] = defaultdict(int)
         for name, router in _routers(chunks).items():
@@ -66,7 +68,7 @@ class ChoiceReplay:
         self._calls[name, in_backward] += 1
         first = self._first + index * self._size
         choices_BTK = self._step[name][first : first + self._size, self._positions]
-        return choices_BTK.transpose(0, 1).flatten(0, 1)
+        return torch.from_numpy(choices_BTK).transpose(0, 1).flatten(0, 1)
 
 
 def _routers(chunks: Sequence[nn.Module]) -> dict[str, SigmoidRouter]:
