@@ -402,10 +402,23 @@ class RunConfig:
                 size % self.parallel.tensor == 0,
                 f"{what} = {size} is not divisible by parallel.tensor = {self.parallel.tensor}",
             )
+        self._validate_pipeline(self.training.num_microbatches(data_ranks))
+
+    def _validate_pipeline(self, num_microbatches: int) -> None:
+        pipeline, chunks = self.parallel.pipeline, self.parallel.virtual_pipeline
         check(
-            self.model.num_layers % self.parallel.pipeline == 0,
-            f"model.num_layers = {self.model.num_layers} is not divisible by parallel.pipeline = "
-            f"{self.parallel.pipeline}",
+            chunks == 1 or pipeline > 1,
+            f"parallel.virtual_pipeline = {chunks} needs parallel.pipeline > 1: chunks of layers take turns on stages",
+        )
+        check(
+            pipeline * chunks <= self.model.num_layers,
+            f"parallel.pipeline * virtual_pipeline = {pipeline} * {chunks} = {pipeline * chunks} exceeds "
+            f"model.num_layers = {self.model.num_layers}: every chunk needs a layer",
+        )
+        check(
+            chunks == 1 or num_microbatches % pipeline == 0,
+            f"parallel.virtual_pipeline = {chunks}: {num_microbatches} microbatches per step are not divisible by "
+            f"parallel.pipeline = {pipeline}; change training.global_batch_size or training.micro_batch_size",
         )
 
     def _check_context(self) -> None:

@@ -125,7 +125,7 @@ def _chunk(config: RunConfig, megatron: Any, number: int) -> EngramModel:
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     last = config.parallel.virtual_pipeline - 1
     is_last = number == last and pipeline_rank == config.parallel.pipeline - 1
-    return EngramModel(
+    chunk = EngramModel(
         prediction=prediction_submodules(config) if is_last and config.model.mtp.num_layers > 0 else None,
         config=megatron,
         transformer_layer_spec=block_submodules(config, pipeline_layout(config).layers(pipeline_rank, number)),
@@ -138,6 +138,10 @@ def _chunk(config: RunConfig, megatron: Any, number: int) -> EngramModel:
         parallel_output=True,
         vp_stage=number if last > 0 else None,
     )
+    if config.model.mtp.num_layers > 0 and config.parallel.pipeline > 1 and hasattr(chunk, "embedding"):
+        # A bucket of its own: the distributed optimizer's shards of both copies are then the same rows.
+        chunk.embedding.word_embeddings.weight.shared_embedding = True
+    return chunk
 
 
 def wrap_data_parallel(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.errors import UsageError
+from engram_megatron.model.pipeline_balance import balanced_layers, model_costs
 
 _CHUNK = re.compile(r"(E?)((?:t(?:\*\d+)?)*)(m?)(L?)")
 _LAYERS = re.compile(r"t(?:\*(\d+))?")
@@ -60,13 +62,14 @@ class PipelineLayout:
 
 
 def pipeline_layout(config: RunConfig) -> PipelineLayout:
-    """The layout that `parallel.pipeline_layout` asks for.
+    """The layout that `parallel.pipeline_layout` asks for. Every chunk has at least one decoder layer.
 
     Raises:
-        UsageError: the text cannot be read, or names another number of chunks or layers than the config has.
+        UsageError: the text cannot be read, names another number of chunks or layers than the config has, or leaves a
+            chunk empty.
     """
     if config.parallel.pipeline_layout == "auto":
-        return _even(config)
+        return _balanced(config)
     return _parsed(config)
 
 
@@ -77,13 +80,12 @@ def chunk_memory_layers(config: RunConfig, layers: range) -> tuple[int, ...]:
     return tuple(number for number in config.engram.layer_numbers if number - 1 in layers)
 
 
-def _even(config: RunConfig) -> PipelineLayout:
-    chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
-    share, rest = divmod(config.model.num_layers, chunks)
-    # The chunks with one layer less are the first and the last, which have the embedding and the head besides.
-    extra = sorted(range(chunks), key=lambda i: (i == chunks - 1, i == 0, i))[:rest]
-    counts = tuple(share + (i in extra) for i in range(chunks))
-    return PipelineLayout(config.parallel.pipeline, counts, has_mtp=config.model.mtp.num_layers > 0)
+@cache
+def _balanced(config: RunConfig) -> PipelineLayout:
+    """Asked for at many places, so computed once for a config."""
+    ranks, chunks_per_rank = config.parallel.pipeline, config.parallel.virtual_pipeline
+    counts = balanced_layers(model_costs(config), ranks, chunks_per_rank)
+    return PipelineLayout(ranks, counts, has_mtp=config.model.mtp.num_layers > 0)
 
 
 def _parsed(config: RunConfig) -> PipelineLayout:
@@ -106,6 +108,8 @@ def _parsed(config: RunConfig) -> PipelineLayout:
                 f"(model.mtp.num_layers = {config.model.mtp.num_layers})"
             )
     counts = tuple(sum(int(m[1] or 1) for m in _LAYERS.finditer(layers)) for _, layers, _, _ in parts)
+    if 0 in counts:
+        raise UsageError(f"{what}: part {counts.index(0) + 1} has no layer, every chunk needs one")
     if sum(counts) != config.model.num_layers:
         raise UsageError(f"{what}: has {sum(counts)} layers, model.num_layers = {config.model.num_layers}")
     return PipelineLayout(parallel.pipeline, counts, has_mtp)

@@ -1,75 +1,64 @@
-"""Bytes that one rank exchanges in one step, by kind, from the config alone.
+"""Bytes that one rank sends in one step, for each kind of collective, from the config alone.
 
-Gradients are exact for ring all-reduces in the gradients' dtype over the layout that `placement` states; everything
-else is an estimate: tokens routed evenly over experts, table rows sent in the tables' dtype. Counted is what a rank
-sends (as much arrives); for the tables what a rank of a stage with Engram layers asks for, the owners' side being the
-same volume spread over all ranks. Row ids, loss and norm reductions, and checkpoints are left out.
+The convention (`training.collective_bytes` measures by the same): among n ranks
+    all-reduce        2 (n - 1) / n of the tensor, a ring
+    all-gather          (n - 1) / n of the gathered tensor
+    reduce-scatter      (n - 1) / n of the tensor before it is scattered
+    all-to-all        what goes to other ranks
+    send              all of it
+Exact but for two kinds: the experts' all-to-all is that of tokens routed evenly, and the tables' that of rows without
+repetition, an upper bound. Checkpoints, logging and validation are left out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 from math import log2
 
 from engram_megatron.config import RunConfig
-from engram_megatron.model.counts import has_mtp_experts
+from engram_megatron.model.activation_traffic import (
+    Exchange,
+    context_exchange,
+    halo_exchange,
+    recomputes,
+    tensor_exchange,
+)
+from engram_megatron.model.counts import TensorSpec
+from engram_megatron.model.gradient_traffic import embedding_transfers, gradient_transfers, tensor_rank_transfers
 from engram_megatron.model.placement import (
     DTYPE_BYTES,
-    ROUTED,
-    gradient_bytes,
-    gradient_ranks,
-    rank_elements,
+    FLOAT32_BYTES,
+    engram_layers_on,
+    moe_layers_on,
     rank_step_tokens,
-    stage_engram_layers,
-    stage_layers,
-    stage_moe_layers,
-    stage_mtp_layers,
-    stage_specs,
 )
-
-# Sequence-parallel collectives of a column- and row-parallel pair: all-gather and reduce-scatter forward, the two
-# backward, and one more all-gather of the input for the weights' gradient (arXiv 2205.05198).
-_COLLECTIVES_PER_PAIR = 5
+from engram_megatron.model.transfers import ID_BYTES, Group, Transfer, all_reduced, to_others
 
 # Unique rows per lookup against tokens per exchange, measured with the 27B tables on 129M tokens of technical
 # documentation and source code: more repetitive than web text.
 _MEASURED_UNIQUE = ((4_000, 0.49), (64_000, 0.47), (262_000, 0.42), (1_300_000, 0.33), (5_200_000, 0.21))
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankTraffic:
-    """Bytes per step of one rank of one pipeline stage."""
+def rank_traffic(
+    config: RunConfig, world_size: int, pipeline_rank: int, takes_muon: Callable[[TensorSpec], bool]
+) -> list[Transfer]:
+    """Everything that a rank of pipeline rank `pipeline_rank` sends in a step; transfers of nothing are left out.
 
-    dense_gradients: int  # ring all-reduce over data * context ranks
-    expert_gradients: int  # ring all-reduce over data * tensor * context / expert ranks
-    expert_all_to_all: int  # estimate; dispatch and combine, forward and backward
-    table_rows: int  # forward; upper bound, no duplicate left out
-    table_gradients: int  # backward; upper bound, no duplicate left out
-    tensor_parallel: int  # estimate
-    pipeline: int
-    context: int  # estimate; keys and values around the ring
-
-    @property
-    def total(self) -> int:
-        """All kinds."""
-        return sum(getattr(self, name) for name in self.__dataclass_fields__)
-
-
-def rank_traffic(config: RunConfig, world_size: int, stage: int) -> RankTraffic:
-    """Traffic of a rank of pipeline stage `stage`; raises `UsageError` where the layout does not divide."""
-    dense, expert = _gradients(config, world_size, stage)
-    rows = _table_rows(config, world_size, stage)
-    return RankTraffic(
-        dense_gradients=dense,
-        expert_gradients=expert,
-        expert_all_to_all=_expert_all_to_all(config, world_size, stage),
-        table_rows=rows,
-        table_gradients=rows,
-        tensor_parallel=_tensor_parallel(config, world_size, stage),
-        pipeline=_pipeline(config, world_size, stage),
-        context=_context(config, world_size, stage),
-    )
+    `takes_muon` says which tensors Muon updates. Raises `UsageError` where the layout does not divide.
+    """
+    transfers = [
+        *gradient_transfers(config, world_size, pipeline_rank),
+        *embedding_transfers(config, pipeline_rank),
+        *tensor_rank_transfers(config, world_size, pipeline_rank, takes_muon),
+        *_activations(config, world_size, pipeline_rank),
+        *_loss(config, world_size, pipeline_rank),
+        *_experts(config, world_size, pipeline_rank),
+        *_streams(config, world_size, pipeline_rank),
+        *_tables(config, world_size, pipeline_rank),
+        *_control(config, world_size, pipeline_rank),
+    ]
+    return [transfer for transfer in transfers if transfer.bytes]
 
 
 def expected_unique_ratio(exchange_tokens: int) -> float:
@@ -87,77 +76,114 @@ def expected_unique_ratio(exchange_tokens: int) -> float:
     raise AssertionError("tokens were clamped to the measured range")
 
 
-def _gradients(config: RunConfig, world_size: int, stage: int) -> tuple[int, int]:
-    """(dense, routed experts) bytes; a ring of n ranks sends 2 (n - 1) / n of the buffer."""
-    dense = expert = 0
-    for spec in stage_specs(config, stage):
-        ranks = gradient_ranks(spec, config.parallel, world_size)
-        sent = 2 * (ranks - 1) * rank_elements(spec, config.parallel) * gradient_bytes(config) // ranks
-        if spec.placed_as == ROUTED:
-            expert += sent
-        else:
-            dense += sent
-    return dense, expert
+def _activations(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
+    parallel = config.parallel
+    tokens, value_bytes = rank_step_tokens(config, world_size), DTYPE_BYTES[config.training.dtype]
+    sequences = config.training.global_batch_size // parallel.data(world_size)
+    latent_tokens = tokens * parallel.context / parallel.tensor
+    both = parallel.tensor * parallel.context
+    halo_group: Group = "tensor" if parallel.context == 1 else "tensor x context"
+    return [
+        *_gather_scatter(
+            "activations over tensor ranks",
+            "tensor",
+            parallel.tensor,
+            tensor_exchange(config, pipeline_rank) * (tokens * value_bytes),
+        ),
+        *_gather_scatter(
+            "latent keys and values over context ranks",
+            "context",
+            parallel.context,
+            context_exchange(config, pipeline_rank) * (latent_tokens * value_bytes),
+        ),
+        *_gather_scatter(
+            "convolution halo", halo_group, both, halo_exchange(config, pipeline_rank) * (sequences * value_bytes)
+        ),
+    ]
 
 
-def _hidden_bytes(config: RunConfig, world_size: int) -> int:
-    """Bytes of one hidden state of every token of a step, as one tensor rank holds it (sequence parallel)."""
-    tokens = rank_step_tokens(config, world_size) // config.parallel.tensor
-    return tokens * config.model.hidden_size * DTYPE_BYTES[config.training.dtype]
+def _gather_scatter(purpose: str, group: Group, ranks: int, exchanged: Exchange) -> list[Transfer]:
+    """`exchanged`: bytes of whole tensors."""
+    return [
+        Transfer(purpose, group, "all-gather", to_others(exchanged.gather, ranks)),
+        Transfer(purpose, group, "reduce-scatter", to_others(exchanged.scatter, ranks)),
+    ]
 
 
-def _expert_all_to_all(config: RunConfig, world_size: int, stage: int) -> int:
-    """Each token's `top_k` copies go out and come back, forward and backward; 1 / expert of them stay."""
-    if config.model.moe is None:
+def _loss(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
+    """A vocabulary divided over tensor ranks: the largest logit, the sum and the target's logit of each token."""
+    if pipeline_rank != config.parallel.pipeline - 1:
+        return []
+    losses = 1 + config.model.mtp.num_layers
+    value_bytes = max(FLOAT32_BYTES, DTYPE_BYTES[config.training.dtype])
+    size = 3 * losses * rank_step_tokens(config, world_size) * value_bytes
+    return [Transfer("loss", "tensor", "all-reduce", all_reduced(size, config.parallel.tensor))]
+
+
+def _experts(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
+    """Copies of hidden states with their probabilities go out, results come back; both ways again for gradients."""
+    moe, ranks = config.model.moe, config.parallel.expert
+    if moe is None:
+        return []
+    copies = rank_step_tokens(config, world_size) / config.parallel.tensor * moe.top_k
+    copies *= moe_layers_on(config, pipeline_rank)
+    hidden = config.model.hidden_size * DTYPE_BYTES[config.training.dtype]
+    passes = 3 if recomputes(config, "feed_forward") else 2
+    size = copies * passes * (2 * hidden + DTYPE_BYTES[moe.router_dtype])
+    return [Transfer("expert all-to-all (even routing)", "expert", "all-to-all", to_others(size, ranks))]
+
+
+def _streams(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
+    """All residual streams go to the next chunk, their gradients to the previous one."""
+    parallel, streams = config.parallel, config.model.mhc.num_streams
+    if parallel.pipeline == 1:
+        return []
+    first, last = pipeline_rank == 0, pipeline_rank == parallel.pipeline - 1
+    sends = 2 * parallel.virtual_pipeline - first - last
+    values = rank_step_tokens(config, world_size) // parallel.tensor * streams * config.model.hidden_size
+    size = sends * values * DTYPE_BYTES[config.training.dtype]
+    return [Transfer("residual streams between pipeline ranks", "pipeline", "send", size)]
+
+
+def rank_lookups(config: RunConfig, world_size: int, pipeline_rank: int) -> int:
+    """Row ids of one rank's positions in one step, repetitions counted."""
+    if config.engram is None:
         return 0
-    layers = stage_moe_layers(config, stage) + stage_mtp_layers(config, stage) * has_mtp_experts(config.model)
-    copies = layers * config.model.moe.top_k
-    away = config.parallel.expert - 1
-    return 4 * copies * _hidden_bytes(config, world_size) * away // config.parallel.expert
+    tokens = rank_step_tokens(config, world_size) // config.parallel.tensor
+    return tokens * engram_layers_on(config, pipeline_rank) * config.engram.num_heads
 
 
-def _table_rows(config: RunConfig, world_size: int, stage: int) -> int:
-    """Rows of every token and Engram layer; a tensor group asks once; 1 / world of the rows is at home."""
+def _tables(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
+    """As one that asks, a rank sends ids, with how many there are, and gradients; as an owner, its share of all the
+    rows that are asked for."""
     engram = config.engram
     if engram is None:
-        return 0
-    tokens = rank_step_tokens(config, world_size) // config.parallel.tensor
-    row_bytes = engram.memory_dim * DTYPE_BYTES[engram.table_dtype]
-    return tokens * stage_engram_layers(config, stage) * row_bytes * (world_size - 1) // world_size
+        return []
+    row_bytes = engram.row_dim * DTYPE_BYTES[engram.table_dtype]
+    asked = rank_lookups(config, world_size, pipeline_rank)
+    ids = (asked + world_size) * ID_BYTES
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    asked_of_one = tokens * len(engram.layer_numbers) * engram.num_heads / world_size
+    return [
+        Transfer("table row ids (upper bound)", "tables", "all-to-all", to_others(ids, world_size)),
+        Transfer("table rows (upper bound)", "tables", "all-to-all", to_others(asked_of_one * row_bytes, world_size)),
+        Transfer("table gradients (upper bound)", "tables", "all-to-all", to_others(asked * row_bytes, world_size)),
+    ]
 
 
-def _tensor_parallel(config: RunConfig, world_size: int, stage: int) -> int:
-    """Sequence-parallel collectives: attention of every layer, dense or shared feed-forward, embedding, head."""
+def _control(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
+    """Loss, token and stop sums, gradient norms, tokens per expert."""
     parallel, moe = config.parallel, config.model.moe
-    mtp = stage_mtp_layers(config, stage)
-    layers, moe_layers = len(stage_layers(config, stage)) + mtp, stage_moe_layers(config, stage)
-    moe_layers += mtp * has_mtp_experts(config.model)
-    unpaired = moe_layers if moe is not None and moe.num_shared_experts == 0 else 0
-    collectives = _COLLECTIVES_PER_PAIR * (2 * layers - unpaired)
-    # multi-token prediction: embedding 2, head 3, projection 3 of twice the width, and 2 of its output
-    collectives += mtp * (2 + 3 + 6 + 2)
-    collectives += 2 if stage == 0 else 0  # embedding: reduce-scatter, and all-gather backward
-    collectives += 3 if stage == parallel.pipeline - 1 else 0  # head: all-gather, and two backward
-    # A collective over t ranks moves (t - 1) of the t shards through every rank.
-    return collectives * (parallel.tensor - 1) * _hidden_bytes(config, world_size)
-
-
-def _pipeline(config: RunConfig, world_size: int, stage: int) -> int:
-    """All residual streams to the next stage, their gradients to the previous one; with multi-token prediction the
-    embedding's gradient between the first and the last stage, whose all-reduce over two ranks sends it once."""
-    last = config.parallel.pipeline - 1
-    neighbours = (stage < last) + (stage > 0)
-    sent = neighbours * config.model.mhc.num_streams * _hidden_bytes(config, world_size)
-    if config.model.mtp.num_layers > 0 and last > 0 and stage in (0, last):
-        embedding = next(spec for spec in stage_specs(config, stage) if spec.part == "token embedding")
-        sent += rank_elements(embedding, config.parallel) * gradient_bytes(config)
-    return sent
-
-
-def _context(config: RunConfig, world_size: int, stage: int) -> int:
-    """Keys and values pass every other rank of the ring forward, and again backward with their gradients."""
-    a, parallel = config.model.attention, config.parallel
-    channels = a.num_heads * (a.nope_head_dim + a.rope_head_dim + a.value_head_dim) // parallel.tensor
-    layers = len(stage_layers(config, stage)) + stage_mtp_layers(config, stage)
-    token_bytes = channels * DTYPE_BYTES[config.training.dtype] * layers
-    return 3 * (parallel.context - 1) * rank_step_tokens(config, world_size) * token_bytes
+    sent = all_reduced(6 * 8, world_size)  # losses, tokens, stop requests, the tables' norm
+    if parallel.distributed_optimizer:
+        sent += all_reduced(8, world_size)
+    else:
+        sent += all_reduced(8, parallel.tensor * parallel.pipeline)
+        sent += all_reduced(8, parallel.expert * parallel.pipeline)
+    if moe is not None:
+        layers, data = moe_layers_on(config, pipeline_rank), parallel.data(world_size)
+        biases = layers * moe.num_experts * FLOAT32_BYTES
+        sent += all_reduced(biases, parallel.tensor * parallel.context * data)
+        passes = config.training.num_microbatches(data) * (2 if recomputes(config, "feed_forward") else 1)
+        sent += passes * layers * moe.num_experts * ID_BYTES * (parallel.expert - 1)
+    return [Transfer("control", "control", "all-reduce", sent)]

@@ -8,9 +8,11 @@ import pytest
 from tiny_shapes import tiny_shapes
 
 from engram_megatron.config import ParallelConfig, RunConfig
+from engram_megatron.model.activation_memory import chunk_activation_bytes
 from engram_megatron.model.counts import TensorSpec, count_parameters, parameter_specs
-from engram_megatron.model.memory import RankMemory, job_table_bytes, microbatch_activation_bytes, rank_memory
-from engram_megatron.model.placement import rank_elements, rank_table_rows, stage_specs
+from engram_megatron.model.memory import RankMemory, job_table_bytes, rank_memory
+from engram_megatron.model.placement import rank_elements, rank_table_rows, specs_on
+from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import dense_4b, engram_27b, moe_27b
 
 
@@ -25,7 +27,7 @@ def _stages(config: RunConfig, world_size: int) -> list[RankMemory]:
 @pytest.mark.parametrize("pipeline", [1, 2, 4])
 def test_pipeline_stages_together_hold_every_parameter_once(pipeline: int) -> None:
     tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=pipeline))
-    names = [spec.name for stage in range(pipeline) for spec in stage_specs(tiny, stage)]
+    names = [spec.name for stage in range(pipeline) for spec in specs_on(tiny, stage)]
     assert sorted(names) == sorted(spec.name for spec in parameter_specs(tiny))
     counts = count_parameters(tiny)
     dense = counts.stored - counts.engram_tables
@@ -80,9 +82,9 @@ def test_tables_are_dealt_in_blocks_over_every_rank() -> None:
 
 def test_first_stage_keeps_as_many_microbatches_as_there_are_stages() -> None:
     tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=4))
-    assert [memory.microbatches_in_flight for memory in _stages(tiny, 4)] == [4, 3, 2, 1]
+    assert [memory.passes_in_flight for memory in _stages(tiny, 4)] == [4, 3, 2, 1]
     one_batch = replace(tiny, training=replace(tiny.training, micro_batch_size=16))
-    assert [memory.microbatches_in_flight for memory in _stages(one_batch, 4)] == [1, 1, 1, 1]
+    assert [memory.passes_in_flight for memory in _stages(one_batch, 4)] == [1, 1, 1, 1]
 
 
 def test_activations_of_a_dense_layer_are_the_sum_of_kept_tensors() -> None:
@@ -94,48 +96,33 @@ def test_activations_of_a_dense_layer_are_the_sum_of_kept_tensors() -> None:
     attention = 32 + 16 + 32 + 4 * (48 + 48 + 64 + 32)  # latent with rotary key, normalised; q, k, keys|values, output
     layer = norms + attention + 3 * 384
     head = 2 * 128 + 2 * 4096  # norm, logits and their softmax
-    assert microbatch_activation_bytes(config, 0) == 4 * 256 * 4 * (4 * layer + head)
+    assert chunk_activation_bytes(config, 0, 0) == 4 * 256 * 4 * (4 * layer + head)
 
 
 def test_activations_shrink_with_tensor_and_context_ranks() -> None:
     tiny = tiny_shapes()
-    whole = microbatch_activation_bytes(tiny, 0)
-    assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(tensor=2)), 0) == whole // 2
-    assert microbatch_activation_bytes(replace(tiny, parallel=ParallelConfig(context=4)), 0) == whole // 4
+    whole = chunk_activation_bytes(tiny, 0, 0)
+    assert chunk_activation_bytes(replace(tiny, parallel=ParallelConfig(tensor=2)), 0, 0) == whole // 2
+    # but keys and values of the whole sequence stand on every context rank: 4 heads, 48 and 64 wide, 4 layers
+    keys_values = 4 * 256 * 4 * 4 * (4 * (48 + 64))
+    in_two = chunk_activation_bytes(replace(tiny, parallel=ParallelConfig(context=2)), 0, 0)
+    assert in_two == (whole - keys_values) // 2 + keys_values
 
 
-def _recomputed(config: RunConfig, recompute: str, *modules: str) -> int:
-    training = replace(config.training, recompute=recompute, recompute_modules=modules)  # type: ignore[arg-type]
-    return microbatch_activation_bytes(replace(config, training=training), 0)
-
-
-def test_full_recomputation_keeps_the_streams_of_every_layer_and_one_whole_layer() -> None:
+def test_recomputation_keeps_less_and_full_keeps_the_input_of_each_layer() -> None:
     tiny = tiny_shapes()
-    one_moe_layer = replace(tiny, engram=None, model=replace(tiny.model, num_layers=1))
-    moe = replace(one_moe_layer.model.moe, num_leading_dense_layers=0)  # type: ignore[type-var]
-    one, four = (
-        replace(one_moe_layer, model=replace(one_moe_layer.model, num_layers=layers, moe=moe)) for layers in (1, 4)
-    )
-    assert _recomputed(one, "full") == _recomputed(one, "none"), "the one layer is whole when its backward pass runs"
-    streams = 4 * 256 * 4 * 128 * 4  # sequences, tokens, streams, width, bytes
-    assert _recomputed(four, "full") - _recomputed(one, "full") == 3 * streams
+    assert tiny.engram is not None
 
+    def kept(recompute: str, *modules: str) -> int:
+        overrides = [f"training.recompute={recompute}", "model.vocab_size=8"]
+        overrides += [f"training.recompute_modules={','.join(modules)}"] if modules else []
+        return chunk_activation_bytes(apply_overrides(tiny, overrides), 0, 0)
 
-def test_every_recomputed_part_saves_something() -> None:
-    config = engram_27b()
-    none, full = _recomputed(config, "none"), _recomputed(config, "full")
-    parts = [_recomputed(config, "selective", part) for part in ("engram", "mhc", "feed_forward")]
-    together = _recomputed(config, "selective", "engram", "mhc", "feed_forward")
-    assert full < together < min(parts) <= max(parts) < none
-    assert none - together == pytest.approx(sum(none - part for part in parts), rel=1e-6)
-
-
-def test_multi_token_prediction_stands_on_the_last_stage_with_a_copy_of_the_embedding() -> None:
-    tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=2))
-    config = replace(tiny, model=replace(tiny.model, mtp=replace(tiny.model.mtp, num_layers=1)))
-    prediction = {spec.name for spec in parameter_specs(config)} - {spec.name for spec in parameter_specs(tiny)}
-    first, last = ({spec.name for spec in stage_specs(config, stage)} for stage in range(2))
-    assert first == {spec.name for spec in stage_specs(tiny, 0)}
-    assert last - {spec.name for spec in stage_specs(tiny, 1)} == prediction | {"embedding.word_embeddings.weight"}
-    assert microbatch_activation_bytes(config, 0) == microbatch_activation_bytes(tiny, 0)
-    assert microbatch_activation_bytes(config, 1) > microbatch_activation_bytes(tiny, 1)
+    none, tokens = kept("none"), 4 * 256
+    for module in ("feed_forward", "mhc", "engram"):
+        assert kept("full") < kept("selective", module) < none
+    parts = sum(none - kept("selective", module) for module in ("feed_forward", "mhc", "engram"))
+    assert none - kept("selective", "feed_forward", "mhc", "engram") == parts
+    head = (2 * 128 + 2 * 8) * 4
+    streams, memory = 4 * 4 * 128 * 4, 2 * tiny.engram.memory_dim * 4
+    assert kept("full") == tokens * (streams + memory + head)

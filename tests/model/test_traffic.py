@@ -1,7 +1,8 @@
-"""Bytes per step: sums by hand, and a ring that is walked through."""
+"""Bytes per step: sums by hand, and a ring that is walked through. `test_traffic_measured` compares whole steps."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from tiny_shapes import tiny_shapes
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.model.counts import count_parameters
 from engram_megatron.model.traffic import expected_unique_ratio, rank_traffic
+from engram_megatron.overrides import apply_overrides
+from engram_megatron.training.plan_layout import takes_muon
 
 TOKENS = 16 * 256  # per step of `tiny_shapes`
 
@@ -17,6 +20,14 @@ TOKENS = 16 * 256  # per step of `tiny_shapes`
 def _tiny(**parallel: int) -> RunConfig:
     tiny = tiny_shapes()
     return replace(tiny, parallel=ParallelConfig(**parallel), training=replace(tiny.training, micro_batch_size=1))
+
+
+def _sent(config: RunConfig, world_size: int, pipeline_rank: int = 0) -> Counter[str]:
+    """Bytes by purpose."""
+    sent: Counter[str] = Counter()
+    for transfer in rank_traffic(config, world_size, pipeline_rank, takes_muon(config)):
+        sent[transfer.purpose] += transfer.bytes
+    return sent
 
 
 def _ring_all_reduce_bytes(size: int, ranks: int) -> int:
@@ -29,7 +40,7 @@ def _ring_all_reduce_bytes(size: int, ranks: int) -> int:
 
 
 def test_one_rank_sends_nothing() -> None:
-    assert rank_traffic(_tiny(), 1, 0).total == 0
+    assert _sent(_tiny(), 1).total() == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -37,55 +48,91 @@ def test_gradients_travel_once_around_a_ring_twice(ranks: int) -> None:
     tiny = _tiny()
     counts = count_parameters(tiny)
     experts = counts.by_part["routed experts"]
-    traffic = rank_traffic(tiny, ranks, 0)
+    sent = _sent(tiny, ranks)
     dense = counts.stored - counts.engram_tables - experts
     # the last chunk of a tensor may be shorter: a few bytes for each of 220 tensors
-    assert traffic.dense_gradients == pytest.approx(_ring_all_reduce_bytes(4 * dense, ranks), abs=1000)
-    assert traffic.expert_gradients == pytest.approx(_ring_all_reduce_bytes(4 * experts, ranks), abs=1000)
+    assert sent["gradients, dense"] == pytest.approx(_ring_all_reduce_bytes(4 * dense, ranks), abs=1000)
+    assert sent["gradients, routed experts"] == pytest.approx(_ring_all_reduce_bytes(4 * experts, ranks), abs=1000)
 
 
 def test_expert_gradients_stay_within_the_ranks_that_hold_the_same_experts() -> None:
-    assert rank_traffic(_tiny(expert=4), 4, 0).expert_gradients == 0
+    assert _sent(_tiny(expert=4), 4)["gradients, routed experts"] == 0
     experts = count_parameters(_tiny()).by_part["routed experts"]
-    assert rank_traffic(_tiny(expert=2), 4, 0).expert_gradients == _ring_all_reduce_bytes(4 * experts // 2, 2)
+    assert _sent(_tiny(expert=2), 4)["gradients, routed experts"] == _ring_all_reduce_bytes(4 * experts // 2, 2)
 
 
 def test_expert_all_to_all_moves_every_copy_there_and_back_twice() -> None:
     copies = TOKENS // 2 * 4 * 3  # tokens of a rank, top_k, expert layers
     away = copies // 2  # even routing: half of the copies belong to the other rank
-    assert rank_traffic(_tiny(expert=2), 2, 0).expert_all_to_all == 4 * away * 128 * 4
+    hidden, probability = 128 * 4, 4
+    there_and_back = 2 * hidden + probability
+    kind = "expert all-to-all (even routing)"
+    assert _sent(_tiny(expert=2), 2)[kind] == 2 * away * there_and_back
+    again = apply_overrides(
+        _tiny(expert=2), ["training.recompute=selective", "training.recompute_modules=feed_forward"]
+    )
+    assert _sent(again, 2)[kind] == 3 * away * there_and_back
 
 
-def test_table_rows_are_asked_for_by_stages_with_engram_layers_only() -> None:
-    memory_bytes = 128 * 4
-    both_layers = rank_traffic(_tiny(), 2, 0)
-    assert both_layers.table_rows == TOKENS // 2 * 2 * memory_bytes // 2  # half of the rows are at home
-    assert both_layers.table_gradients == both_layers.table_rows
-    stages = [rank_traffic(_tiny(pipeline=4), 4, stage).table_rows for stage in range(4)]
-    assert stages == [0, TOKENS * memory_bytes * 3 // 4, TOKENS * memory_bytes * 3 // 4, 0]
+def test_tables_serve_from_every_rank_and_ask_from_pipeline_ranks_with_engram_layers_only() -> None:
+    memory_bytes, heads = 128 * 4, 8
+    both_layers = _sent(_tiny(), 2)
+    assert both_layers["table gradients (upper bound)"] == TOKENS // 2 * 2 * memory_bytes // 2  # half is at home
+    assert both_layers["table rows (upper bound)"] == both_layers["table gradients (upper bound)"]
+    assert both_layers["table row ids (upper bound)"] == (TOKENS // 2 * 2 * heads + 2) * 8 // 2
+    ranks = [_sent(_tiny(pipeline=4), 4, rank) for rank in range(4)]
+    asked = TOKENS * memory_bytes * 3 // 4
+    assert [sent["table gradients (upper bound)"] for sent in ranks] == [0, asked, asked, 0]
+    assert [sent["table rows (upper bound)"] for sent in ranks] == [asked // 2] * 4
     # a tensor group asks for each row once
-    assert rank_traffic(_tiny(tensor=2), 2, 0).table_rows == TOKENS // 2 * 2 * memory_bytes // 2
+    assert _sent(_tiny(tensor=2), 2)["table gradients (upper bound)"] == TOKENS // 2 * 2 * memory_bytes // 2
 
 
 def test_pipeline_carries_all_residual_streams_both_ways() -> None:
-    streams = TOKENS * 4 * 128 * 4
-    assert [rank_traffic(_tiny(pipeline=4), 4, stage).pipeline for stage in range(4)] == [
+    kind, streams = "residual streams between pipeline ranks", TOKENS * 4 * 128 * 4
+    assert [_sent(_tiny(pipeline=4), 4, rank)[kind] for rank in range(4)] == [
         streams,
         2 * streams,
         2 * streams,
         streams,
     ]
+    # two chunks each: three borders, the second of which leads from the last rank to the first
+    assert [_sent(_tiny(pipeline=2, virtual_pipeline=2), 2, rank)[kind] for rank in range(2)] == [3 * streams] * 2
 
 
-def test_tensor_parallel_collectives_are_counted_per_pair() -> None:
-    shard = TOKENS // 2 * 128 * 4
-    collectives = 5 * 2 * 4 + 2 + 3  # two pairs in each of four layers, embedding, head
-    assert rank_traffic(_tiny(tensor=2), 2, 0).tensor_parallel == collectives * shard
+def test_full_recomputation_repeats_what_the_forward_pass_of_layers_exchanges() -> None:
+    """Not the embedding's, the head's and the loss's."""
+    kind = "activations over tensor ranks"
+    config = _tiny(tensor=2)
+    again = apply_overrides(config, ["training.recompute=full"])
+    attention = 128 + 128 + 48 + 32 + 16 + 128  # queries, latents, their width, their up-projection, rope key, output
+    per_layer = attention + 2 * 128  # dense, or shared experts
+    whole = _sent(again, 2)[kind] - _sent(config, 2)[kind]
+    assert whole == 4 * per_layer * TOKENS * 4 // 2
 
 
-def test_context_ring_passes_keys_and_values() -> None:
-    keys_values = 4 * (48 + 32) * 4 * 4  # heads * channels * float32 * layers
-    assert rank_traffic(_tiny(context=2), 2, 0).context == 3 * (TOKENS // 2) * keys_values
+def test_context_ranks_gather_latents() -> None:
+    latents = (32 + 16) * 4 * 4  # float32, layers
+    sent = _sent(_tiny(context=2), 2)["latent keys and values over context ranks"]
+    assert sent == 2 * latents * TOKENS // 2  # forward and backward, half of the sequence is at home
+
+
+def test_distributed_optimizer_scatters_sums_and_gathers_weights() -> None:
+    config = apply_overrides(_tiny(expert=2), ["parallel.distributed_optimizer=true"])
+    counts = count_parameters(config)
+    sent = _sent(config, 4)
+    experts = counts.by_part["routed experts"] // 2
+    assert sent["gradients, routed experts"] == sent["weights, routed experts"] == 4 * experts // 2
+    dense = 4 * (counts.stored - counts.engram_tables - 2 * experts) * 3 // 4
+    # tensors begin at multiples of 64 elements; there are some 100 of them
+    assert sent["gradients, dense"] == pytest.approx(dense, abs=100 * 64 * 4)
+    assert sent["gradients, dense"] >= dense
+
+
+def test_multi_token_prediction_sums_the_gradients_of_two_embeddings() -> None:
+    config = apply_overrides(_tiny(pipeline=2), ["model.mtp.num_layers=1"])
+    sent = [_sent(config, 2, rank)["gradients, both embeddings"] for rank in range(2)]
+    assert sent == [4096 * 128 * 4] * 2
 
 
 def test_expected_unique_ratio_meets_the_measurements_and_falls_between_them() -> None:
@@ -93,10 +140,3 @@ def test_expected_unique_ratio_meets_the_measurements_and_falls_between_them() -
     assert expected_unique_ratio(100) == 0.49
     assert expected_unique_ratio(10**9) == pytest.approx(0.21)
     assert 0.33 < expected_unique_ratio(600_000) < 0.42
-
-
-def test_copies_of_the_embedding_exchange_their_gradient_once() -> None:
-    tiny = replace(tiny_shapes(), parallel=ParallelConfig(pipeline=4))
-    config = replace(tiny, model=replace(tiny.model, mtp=replace(tiny.model.mtp, num_layers=1)))
-    more = [rank_traffic(config, 4, stage).pipeline - rank_traffic(tiny, 4, stage).pipeline for stage in range(4)]
-    assert more == [4096 * 128 * 4, 0, 0, 4096 * 128 * 4]

@@ -67,3 +67,23 @@ def test_sequence_that_context_ranks_cannot_share_is_named(context: int, tensor:
     told = rf"sequence_length = {length} is not divisible by 2 \* parallel.context \* parallel.tensor = .* = {pieces}$"
     with pytest.raises(UsageError, match=told):
         check_layout_is_supported(small_run_config(overrides=overrides), context * tensor)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "told"),
+    [
+        (["parallel.virtual_pipeline=2"], 1, r"virtual_pipeline = 2 needs parallel.pipeline > 1"),
+        (["parallel.pipeline=4"], 4, r"4 \* 1 = 4 exceeds model.num_layers = 3"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_layers=4", "training.micro_batch_size=8"],
+            2,
+            r"1 microbatches per step are not divisible by parallel.pipeline = 2",
+        ),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Et*3|L"], 2, r"part 2 has no layer"),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Et*3|tL"], 2, r"has 4 layers, model.num_layers = 3"),
+        (["parallel.pipeline=2", "parallel.pipeline_layout=Et|t|tL"], 2, r"has 3 parts"),
+    ],
+)
+def test_pipeline_that_cannot_be_is_refused(overrides: list[str], world_size: int, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        check_layout_is_supported(small_run_config(overrides=overrides), world_size)

@@ -55,6 +55,7 @@ LAYOUTS: list[tuple[str, int, tuple[str, ...]]] = [
     ("experts", 4, (TENSOR, PIPELINE)),
     ("experts", 4, (CONTEXT, PIPELINE)),
     ("experts", 4, (EXPERT, PIPELINE)),
+    ("experts", 4, (PIPELINE, "parallel.distributed_optimizer=true")),
 ]
 
 
@@ -153,7 +154,13 @@ def _step(rank: int, world_size: int, overrides: tuple[str, ...], expected: dict
         applied["gradients"] = gradients.gradients * scale
         step(gradients, learning_rate, scale)
 
-    run.memory.step = record
+    update, gradients = run.optimizer.step, {}
+
+    def record_gradients(learning_rate: float, scale: float) -> None:
+        gradients.update({p: gradient * scale for p, gradient in run.optimizer.whole_gradients().items()})
+        update(learning_rate, scale)
+
+    run.memory.step, run.optimizer.step = record, record_gradients
     batch = global_batch(0, separate_documents=run.config.data.separate_documents)
     result = run.trainer.train_step(
         0, microbatches(batch, run.ranks.data_rank, run.ranks.data_ranks), stop_requested=False
@@ -162,7 +169,7 @@ def _step(rank: int, world_size: int, overrides: tuple[str, ...], expected: dict
     for name, parameter in global_named_parameters(run.chunks):
         whole = expected["gradient"][name]
         part = numbers(take_shard(name, parameter, torch.from_numpy(whole)))
-        [(ours)], [(theirs)] = live({name: numbers(parameter.main_grad)}).values(), live({name: part}).values()
+        [(ours)], [(theirs)] = live({name: numbers(gradients[parameter])}).values(), live({name: part}).values()
         different[name] = float(np.abs(ours - theirs).max() / max(np.abs(whole).max(), 1e-30))
     table = expected["table_gradient"]
     different["table"] = float(np.abs(applied["gradients"] - table[applied["rows"]]).max() / np.abs(table).max())

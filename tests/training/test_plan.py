@@ -77,16 +77,29 @@ def test_layout_shows_one_column_per_stage_and_names_its_traffic() -> None:
     overrides = ["parallel.pipeline=2", "parallel.tensor=2", "parallel.expert=5"]
     text = describe(apply_overrides(preset("engram_27b"), overrides), 80)
     assert "tensor 2 x pipeline 2 x context 1 x data 20" in text
-    assert _section(text, "Memory per rank")[0].split() == ["stage", "0", "stage", "1"]
-    traffic = "\n".join(_section(text, "Bytes per step of one rank"))
-    for kind in ("expert all-to-all (estimate)", "tensor parallel (estimate)", "pipeline", "table rows (upper bound)"):
+    assert _section(text, "Memory per rank")[0].split() == ["pipeline", "rank", "0", "pipeline", "rank", "1"]
+    traffic = "\n".join(_section(text, "Bytes that one rank sends per step"))
+    for kind in ("expert all-to-all (even routing)", "activations over tensor ranks", "residual streams", "table rows"):
         assert kind in traffic
     assert "context" not in traffic  # a kind that the layout does not have
 
 
+def test_pipeline_section_shows_every_chunk_and_a_layout_that_can_be_configured() -> None:
+    config = apply_overrides(preset("engram_27b"), ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])
+    lines = _section(describe(config, 2), "Pipeline")
+    chunks = [line.split() for line in lines[2:6]]
+    assert [chunk[:2] for chunk in chunks] == [["0", "0"], ["0", "1"], ["1", "0"], ["1", "1"]]
+    assert chunks[0][2].startswith("1..")
+    assert chunks[3][2].endswith("..30")
+    assert sorted(number for chunk in chunks for number in chunk[3].split(",")) == ["-", "-", "15", "2"]
+    assert "100.0%" in {chunk[5] for chunk in chunks}
+    again = apply_overrides(config, [lines[0].replace(" ", "")])
+    assert _section(describe(again, 2), "Pipeline") == lines
+
+
 def test_many_stages_show_the_most_loaded_one() -> None:
     text = describe(apply_overrides(preset("engram_27b"), ["parallel.pipeline=15"]), 15)
-    assert _section(text, "Memory per rank")[0].split() == ["stage", "0"]  # it keeps 15 microbatches
+    assert _section(text, "Memory per rank")[0].split() == ["pipeline", "rank", "0"]  # it keeps 15 microbatches
 
 
 def test_impossible_layout_is_refused() -> None:
