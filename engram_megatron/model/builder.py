@@ -175,6 +175,10 @@ def _shard_layout(chunk: EngramModel, ddp: Any) -> Any:
     """megatron-core's own layout of buckets that divide over the replicas. DDP would make the same, with a warning."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    if hasattr(chunk, "embedding"):
+        # With multi-token prediction two stages add up their gradients of it after the reduce-scatter: a bucket of its
+        # own, which this mark asks for, is cut alike on both.
+        chunk.embedding.word_embeddings.weight.shared_embedding = True
     return DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
         None,  # one bucket per dtype: gradients are not reduced during the backward pass

@@ -140,6 +140,37 @@ def test_four_replicas_keep_a_fourth_of_the_state_each() -> None:
     assert max(held) < 1.2 * whole / 4
 
 
+def _two_embeddings(rank: int, world_size: int) -> dict[bool, tuple[list[float], Any]]:
+    """Norms of two steps, and the embedding of this stage, with and without the distributed optimizer."""
+    from engram_megatron.model.parameter_names import global_named_parameters
+
+    found = {}
+    for distributed in (False, True):
+        switch = f"parallel.distributed_optimizer={str(distributed).lower()}"
+        run = build_small_run(_config("parallel.pipeline=2", "model.mtp.num_layers=1", switch), rank, world_size)
+        norms = []
+        for step in range(2):
+            mine = microbatches(global_batch(step), run.ranks.data_rank, run.ranks.data_ranks)
+            norms.append(run.trainer.train_step(step, mine, stop_requested=False).gradient_norm)
+        found[distributed] = (
+            norms,
+            numbers(dict(global_named_parameters(run.chunks))["embedding.word_embeddings.weight"]),
+        )
+    return found
+
+
+def test_both_stages_with_an_embedding_move_it_alike() -> None:
+    """With multi-token prediction; their gradients are added after each replica has the sum of its shard alone."""
+    ranks = run_ranks(_two_embeddings, 4)
+    expected_norms, expected = ranks[0][False]
+    for rank in ranks:
+        norms, embedding = rank[True]
+        assert norms == pytest.approx(expected_norms, rel=1e-13)
+        np.testing.assert_array_equal(embedding, ranks[0][True][1])
+        # Two replicas: the sums are the same; the clip coefficient differs by the rounding of the norm's.
+        np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-12)
+
+
 LAST = "checkpoints/step_00000004"
 
 
