@@ -37,7 +37,7 @@ FLOAT64_BOUND = 1e-9
 # Sums in another order are roundings of the same size as a change of the weights' last bit; five steps of a nonlinear
 # model (the root in Engram's gate has no bounded slope) enlarge both alike. The worst of a few draws is the bound.
 FLOAT32_DRAWS = 3
-FLOAT64_STEPS, FLOAT32_STEPS, BFLOAT16_STEPS = 2, 5, 2
+FLOAT64_STEPS, FLOAT32_STEPS, BFLOAT16_STEPS = 2, 5, 1
 
 
 def case_config(layout: Layout, variation: Variation, dtype: DType) -> RunConfig:

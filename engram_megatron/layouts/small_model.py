@@ -33,7 +33,7 @@ from engram_megatron.model.parameter_names import global_named_parameters
 from engram_megatron.model.tensor_shard import global_shape, take_shard
 from engram_megatron.overrides import apply_overrides
 
-VOCAB, LENGTH, GLOBAL_BATCH = 192, 32, 8
+VOCAB, LENGTH, GLOBAL_BATCH = 192, 32, 4
 
 
 def small_model_config(dtype: DType, overrides: Sequence[str] = ()) -> RunConfig:
