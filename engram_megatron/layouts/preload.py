@@ -11,3 +11,5 @@ import megatron.core.models.gpt.gpt_model
 import megatron.core.optimizer
 import megatron.core.pipeline_parallel.schedules
 import numba
+
+import engram_megatron.layouts.case

@@ -148,7 +148,7 @@ def train_small_model(rank: int, world_size: int, config: RunConfig, plan: Plan)
     for step in range(plan.num_steps):
         if replay is not None and plan.choices is not None:
             replay.start_step(plan.choices[step])
-        batch = global_batch(step, separate_documents=config.data.separate_documents)
+        batch = global_batch(step, config)
         mine = microbatches(batch, config.training.micro_batch_size, run.ranks.data_rank, run.ranks.data_ranks)
         result = run.trainer.train_step(step, mine, stop_requested=False)
         if listener is not None:

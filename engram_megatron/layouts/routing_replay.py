@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engram_megatron.config import RunConfig
-from engram_megatron.layouts.small_model import LENGTH
 from engram_megatron.model.parameter_names import global_named_parameters
 from engram_megatron.model.router import SigmoidRouter
 from engram_megatron.training.parallel import Ranks
@@ -49,7 +48,7 @@ class ChoiceReplay:
     def __init__(self, chunks: Sequence[nn.Module], config: RunConfig, ranks: Ranks) -> None:
         data_rank, self._size = ranks.data_rank, config.training.micro_batch_size
         self._first = data_rank * config.training.global_batch_size // ranks.data_ranks
-        self._positions = ranks.memory_positions(LENGTH)
+        self._positions = ranks.memory_positions(config.data.sequence_length)
         self._step: StepChoices = {}
         self._calls: dict[tuple[str, bool], int] = defaultdict(int)
         for name, router in _routers(chunks).items():

@@ -70,12 +70,13 @@ def small_model_config(dtype: DType, overrides: Sequence[str] = ()) -> RunConfig
     return apply_overrides(config, list(overrides))
 
 
-def global_batch(step: int, *, separate_documents: bool) -> Batch:
-    """The `GLOBAL_BATCH` sequences of a step: sequence s has s + 1 documents."""
+def global_batch(step: int, config: RunConfig) -> Batch:
+    """The sequences of a step: sequence s has s + 1 documents."""
+    sequences, length = config.training.global_batch_size, config.data.sequence_length
     rng = np.random.default_rng(step)
-    windows = np.minimum(rng.zipf(1.4, (GLOBAL_BATCH, LENGTH + 1)), VOCAB) - 1
-    starts = [np.sort(rng.choice(np.arange(1, LENGTH + 1), s, replace=False)) for s in range(GLOBAL_BATCH)]
-    return make_batch(list(windows), starts, separate_documents)
+    windows = np.minimum(rng.zipf(1.4, (sequences, length + 1)), VOCAB) - 1
+    starts = [np.sort(rng.choice(np.arange(1, length + 1), s, replace=False)) for s in range(sequences)]
+    return make_batch(list(windows), starts, config.data.separate_documents)
 
 
 def take(batch: Batch, sequences: slice) -> Batch:
