@@ -13,7 +13,7 @@ NPROC ?= 2
 RUN_DIR ?= $(shell n=1; d=$(RUNS)/engram_tiny; while [ -e $$d ]; do n=$$((n + 1)); d=$(RUNS)/engram_tiny_$$n; done; echo $$d)
 LAST_RUN = $(or $(shell ls -dt $(RUNS)/engram_tiny* 2>/dev/null | head -n 1),$(RUNS)/engram_tiny)
 
-.PHONY: pretrain resume test test-all lint corpus conformance compare clean
+.PHONY: pretrain resume test test-all lint layouts corpus conformance compare clean
 
 pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks
 	$(PY) launch/train.py engram_tiny --nproc-per-node $(NPROC) \
@@ -28,6 +28,9 @@ test: $(VENV)/.installed  ## the test suite, without the tests marked slow
 
 test-all: $(VENV)/.installed  ## every test
 	$(PY) -m pytest $(ARGS)
+
+layouts: $(VENV)/.installed  ## every parallel layout against one rank, about 20 minutes; FULL=1: with every variation
+	$(PY) launch/layouts.py $(if $(FULL),--full) $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
 	$(VENV)/bin/ruff check .

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from small_run import global_batch, numbers, roughen, small_groups, small_hasher
+from small_run import global_batch, numbers, small_groups, small_hasher
 
 from engram_megatron.config import RunConfig
 
@@ -29,6 +29,7 @@ def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> 
     import torch
     from megatron.core.distributed import finalize_model_grads
 
+    from engram_megatron.layouts.weights import roughen
     from engram_megatron.model.backbone_config import TORCH_DTYPE
     from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
     from engram_megatron.model.parameter_names import global_named_parameters

@@ -1,20 +1,14 @@
-"""One rank's part of a whole training run under any layout, and global tensors put together from all ranks' parts."""
+"""One rank's part of a whole training run under any layout, for tests that look closer than `make layouts` does."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from dense_run import expert_biases
 from small_run import build_small_run, global_batch, microbatches, numbers
 
-
-class Shard(NamedTuple):
-    """A rank's part of a tensor: `dim` None where the tensor is whole."""
-
-    values: np.ndarray[Any, Any]
-    dim: int | None
-    tensor_rank: int
+from engram_megatron.layouts.records import Shard
 
 
 def train(rank: int, world_size: int, config: Any, num_steps: int) -> dict[str, Any]:
@@ -59,24 +53,3 @@ def train(rank: int, world_size: int, config: Any, num_steps: int) -> dict[str, 
         "table": (owned, run.memory.shard.weight.copy()),
         "expert_bias": expert_biases(run.chunks),
     }
-
-
-def whole(parts: list[dict[str, Shard]]) -> dict[str, np.ndarray[Any, Any]]:
-    """The global tensors. What several ranks hold must be bit-identical on them."""
-    by_name: dict[str, dict[int, Shard]] = {}
-    for part in parts:
-        for name, shard in part.items():
-            place = 0 if shard.dim is None else shard.tensor_rank
-            first = by_name.setdefault(name, {}).setdefault(place, shard)
-            np.testing.assert_array_equal(first.values, shard.values, err_msg=name)
-    result = {}
-    for name, places in by_name.items():
-        values, dim = [places[place].values for place in sorted(places)], places[0].dim
-        if dim is None:
-            result[name] = values[0]
-        elif name.endswith("linear_fc1.weight"):  # each rank: its gate rows, then its up rows
-            halves = [np.split(value, 2) for value in values]
-            result[name] = np.concatenate([half[i] for i in (0, 1) for half in halves])
-        else:
-            result[name] = np.concatenate(values, axis=dim)
-    return result

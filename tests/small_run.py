@@ -7,7 +7,6 @@ it.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from engram_megatron.config import (
     RunConfig,
     TrainingConfig,
 )
+from engram_megatron.layouts.small_model import take
 from engram_megatron.overrides import apply_overrides
 
 VOCAB, LENGTH, GLOBAL_BATCH, MICROBATCHES = 200, 24, 8, 2
@@ -72,16 +72,6 @@ def global_batch(step: int, *, separate_documents: bool = True) -> Batch:
     return make_batch(list(windows), starts, separate_documents)
 
 
-def take(batch: Batch, sequences: slice) -> Batch:
-    """Some sequences of a batch."""
-    return Batch(
-        tokens=batch.tokens[sequences],
-        labels=batch.labels[sequences],
-        loss_mask=batch.loss_mask[sequences],
-        document_ids=batch.document_ids[sequences],
-    )
-
-
 def microbatches(batch: Batch, data_rank: int, data_ranks: int) -> list[Batch]:
     """The `MICROBATCHES` consecutive pieces of a global batch that data replica `data_rank` of `data_ranks` takes."""
     size = GLOBAL_BATCH // data_ranks // MICROBATCHES
@@ -102,7 +92,8 @@ class SmallRun:
 
 
 def build_small_run(config: RunConfig, rank: int, world_size: int, *, rough: bool = True) -> SmallRun:
-    """Inside a rank function, once per process. `rough`: see `roughen`."""
+    """Inside a rank function, once per process. `rough`: see `layouts.weights.roughen`."""
+    from engram_megatron.layouts.weights import roughen
     from engram_megatron.model.backbone_config import TORCH_DTYPE
     from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
     from engram_megatron.optimizer.backbone import build_backbone_optimizer
@@ -145,26 +136,6 @@ def small_hasher(config: RunConfig) -> Any:
 
     assert config.engram is not None
     return NgramHasher.from_config(config.engram, identity_projection(VOCAB), VOCAB)
-
-
-def roughen(chunks: Any) -> None:
-    """Add noise to every parameter, a function of its global name.
-
-    The start is a symmetric point: all streams carry the same, so the gradient of every H_res is rounding noise, which
-    Adam (epsilon 1e-20) turns into full steps in random directions. Away from it, two correct implementations agree.
-    And a convolution that starts at zero would hide its own forward.
-    """
-    import torch
-
-    from engram_megatron.model.parameter_names import global_named_parameters
-    from engram_megatron.model.tensor_shard import global_shape, take_shard
-
-    with torch.no_grad():
-        for name, parameter in global_named_parameters(chunks):
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            scale = 0.5 if "mhc_" in name else 0.1
-            noise = torch.randn(global_shape(parameter), generator=generator, dtype=torch.float64) * scale
-            parameter.add_(take_shard(name, parameter, noise))
 
 
 def numbers(tensor: Any) -> np.ndarray[Any, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engram_megatron.layouts.rank_run import Array, RankRecord, Rows, Shard, State
+from engram_megatron.layouts.records import Array, RankRecord, Rows, Shard, State
 
 # The first sub-layer behind the expansion of streams sees equal streams: every doubly stochastic H_res leaves them as
 # they are, and the norm behind H_pre takes its scale away. Both have gradients that are zero up to rounding, which Adam

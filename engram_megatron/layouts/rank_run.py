@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
-from engram_megatron.layouts.routing_replay import ChoiceRecorder, ChoiceReplay, StepChoices
-from engram_megatron.layouts.small_model import global_batch, hasher_of, jitter_weights, microbatches, roughen
+from engram_megatron.layouts.records import Array, Plan, RankRecord, Rows, Shard, State, StepRecord
+from engram_megatron.layouts.routing_replay import ChoiceRecorder, ChoiceReplay
+from engram_megatron.layouts.small_model import global_batch, hasher_of, microbatches
+from engram_megatron.layouts.weights import jitter_weights, roughen
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
 from engram_megatron.model.parameter_names import global_named_buffers, global_named_parameters
@@ -27,73 +24,6 @@ from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.layout_support import check_layout_is_supported
 from engram_megatron.training.parallel import Ranks
 from engram_megatron.training.trainer import Trainer
-
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """A rank's part of a tensor, one of `parts` along dimension `dim`; `dim` None: the whole tensor."""
-
-    values: Array
-    dim: int | None
-    part: int
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of the table: global row ids [N] and values [N, D]."""
-
-    ids: Array
-    values: Array
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """What training has made of the model: backbone, table and the router's balancing biases."""
-
-    parameters: dict[str, Shard]
-    table: Rows
-    expert_bias: dict[str, Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run does and keeps: gradients and states of the first `recorded_steps` steps, the numbers of all.
-
-    `choices`: experts to replay, by step. `record_choices`: note the experts (one rank, one sequence per microbatch).
-    `jitter` > 0: start from weights that differ in their last bit, another draw for every number.
-    """
-
-    num_steps: int
-    recorded_steps: int = 0
-    choices: Sequence[StepChoices] | None = None
-    record_choices: bool = False
-    jitter: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class StepRecord:
-    """One step of one rank. Gradients are those of the mean loss per token, clipped."""
-
-    loss: float
-    gradient_norm: float
-    num_tokens: int
-    tokens_per_expert: dict[int, Array]  # layer number to the tokens that this rank sent to each expert
-    gradients: dict[str, Shard]
-    table_gradients: Rows
-    after: State
-
-
-@dataclass(frozen=True, eq=False)
-class RankRecord:
-    """A run of one rank. Steps hold gradients and states, and `choices` experts, only where `Plan` asked for it."""
-
-    start: State
-    steps: list[StepRecord]
-    end: State
-    choices: list[StepChoices]
-
 
 NO_ROWS = Rows(np.empty(0, np.int64), np.empty((0, 0)))
 NO_STATE = State({}, NO_ROWS, {})

@@ -13,17 +13,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engram_megatron.config import RunConfig
+from engram_megatron.layouts.records import StepChoices
 from engram_megatron.model.parameter_names import global_named_parameters
 from engram_megatron.model.router import SigmoidRouter
 from engram_megatron.training.parallel import Ranks
-
-StepChoices = dict[str, NDArray[np.int64]]  # global name of a router to the experts [S, T, K] of a step
 
 
 class ChoiceRecorder:

@@ -6,13 +6,10 @@ differs from sequence to sequence, frequent rows that all ranks ask for. Shape l
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import nn
 
 from engram_data.batch import Batch, make_batch
 from engram_megatron.config import (
@@ -29,8 +26,7 @@ from engram_megatron.config import (
 )
 from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.hashing.vocab_projection import identity_projection
-from engram_megatron.model.parameter_names import global_named_parameters
-from engram_megatron.model.tensor_shard import global_shape, take_shard
+from engram_megatron.layouts.matrix import Layout, Variation
 from engram_megatron.overrides import apply_overrides
 
 VOCAB, LENGTH, GLOBAL_BATCH = 192, 32, 4
@@ -70,6 +66,14 @@ def small_model_config(dtype: DType, overrides: Sequence[str] = ()) -> RunConfig
     return apply_overrides(config, list(overrides))
 
 
+def case_config(layout: Layout, variation: Variation, dtype: DType) -> RunConfig:
+    """The run of one cell of the matrix."""
+    overrides = [*layout.overrides(), *variation.overrides()]
+    if variation.mtp and layout.pipeline_layout != "auto":
+        overrides.append(f"parallel.pipeline_layout={layout.pipeline_layout.removesuffix('L')}mL")
+    return small_model_config(dtype, overrides)
+
+
 def global_batch(step: int, config: RunConfig) -> Batch:
     """The sequences of a step: sequence s has s + 1 documents."""
     sequences, length = config.training.global_batch_size, config.data.sequence_length
@@ -100,27 +104,3 @@ def hasher_of(config: RunConfig) -> NgramHasher:
     """The n-gram hasher without compression: this vocabulary has no texts."""
     assert config.engram is not None
     return NgramHasher.from_config(config.engram, identity_projection(VOCAB), VOCAB)
-
-
-@torch.no_grad()
-def roughen(chunks: Sequence[nn.Module]) -> None:
-    """Add noise to every parameter, a function of its global name.
-
-    The start is a symmetric point: all streams carry the same, so the gradient of every H_res is rounding noise, which
-    Adam (epsilon 1e-20) turns into full steps in random directions. Away from it, two correct implementations agree.
-    And a convolution that starts at zero would hide its own forward.
-    """
-    for name, parameter in global_named_parameters(chunks):
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        scale = 0.5 if "mhc_" in name else 0.1
-        noise = torch.randn(global_shape(parameter), generator=generator, dtype=torch.float64) * scale
-        parameter.add_(take_shard(name, parameter, noise))
-
-
-@torch.no_grad()
-def jitter_weights(chunks: Sequence[nn.Module], seed: int) -> None:
-    """Change every weight by about one unit in its last place."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, parameter in global_named_parameters(chunks):
-        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        parameter.mul_(1 + torch.finfo(parameter.dtype).eps * noise)

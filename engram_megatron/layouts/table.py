@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.layouts.case import Outcome, RankCell, Reference, judge, run_cell, run_reference
 from engram_megatron.layouts.compare import DisagreementError
 from engram_megatron.layouts.forked_ranks import run_ranks
+from engram_megatron.layouts.judge import Outcome, judge
 from engram_megatron.layouts.matrix import Layout, Variation
+from engram_megatron.layouts.records import RankCell, Reference, StepChoices
 
 TIMEOUT_S = 300.0  # of one cell; a hang ends with the stacks of all ranks
 
@@ -48,6 +49,22 @@ def lines(matrix: Sequence[Cell]) -> Iterator[Line]:
             reason = next((text for text in rest if text and not text.startswith(" ") and "Error" in text), first)
             line = Line(f"{layout.name:32} {variation.name:35} FAIL: {reason}", passes=False, failure=str(error))
         yield line
+
+
+def run_cell(
+    rank: int, world_size: int, layout: Layout, variation: Variation, choices: Sequence[StepChoices]
+) -> RankCell:
+    """`case.run_cell`, imported on the rank: the process that prints the table stays without megatron-core."""
+    from engram_megatron.layouts import case
+
+    return case.run_cell(rank, world_size, layout, variation, choices)
+
+
+def run_reference(rank: int, world_size: int, layout: Layout, variation: Variation) -> Reference:
+    """`case.run_reference`, imported on the rank."""
+    from engram_megatron.layouts import case
+
+    return case.run_reference(rank, world_size, layout, variation)
 
 
 def _reference(layout: Layout, variation: Variation) -> Reference:

@@ -13,7 +13,7 @@ from engram_megatron.layouts.compare import (
     whole_table,
     whole_tensors,
 )
-from engram_megatron.layouts.rank_run import Rows, Shard
+from engram_megatron.layouts.records import Rows, Shard
 
 WHOLE = np.arange(24.0).reshape(6, 4)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import combinations, product
 from typing import Any
 
-from engram_megatron.layouts.case import case_config
 from engram_megatron.layouts.matrix import LAYOUTS, VARIATIONS, all_cases, pairwise_cases
+from engram_megatron.layouts.small_model import case_config
 from engram_megatron.training.layout_support import check_layout_is_supported
 
 

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.layouts.compare import largest_difference, live, whole_state, whole_table, whole_tensors
-from engram_megatron.layouts.rank_run import Plan, RankRecord, train_small_model
+from engram_megatron.layouts.records import Plan, RankRecord
 from engram_megatron.layouts.small_model import small_model_config
 from engram_megatron.overrides import apply_overrides
 from engram_megatron.training.layout_support import check_layout_is_supported
@@ -107,6 +107,8 @@ def test_layout_is_accepted_or_refused_in_one_line(run: tuple[RunConfig, int]) -
 
 
 def train(rank: int, world_size: int, config: RunConfig) -> RankRecord:
+    from engram_megatron.layouts.rank_run import train_small_model
+
     return train_small_model(rank, world_size, config, Plan(num_steps=1, recorded_steps=1))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from ranks import run_ranks
 
-from engram_megatron.layouts.case import RankCell, Reference, judge, run_cell, run_reference
 from engram_megatron.layouts.compare import DisagreementError
+from engram_megatron.layouts.judge import judge
 from engram_megatron.layouts.matrix import Layout, Variation
-from engram_megatron.layouts.rank_run import RankRecord, Rows, StepRecord
-from engram_megatron.layouts.table import lines
+from engram_megatron.layouts.records import RankCell, RankRecord, Reference, Rows, StepRecord
+from engram_megatron.layouts.table import lines, run_cell, run_reference
 
 LAYOUT, VARIATION = Layout(2, tensor=2), Variation(packed=True, recompute="none", mtp=False)
 

@@ -18,14 +18,13 @@ from small_run import (
     global_batch,
     microbatches,
     numbers,
-    roughen,
     small_groups,
     small_hasher,
     small_run_config,
-    take,
 )
 
 from engram_data.batch import Batch, after_next
+from engram_megatron.layouts.small_model import take
 
 # Sums over tokens run in another order; float64 has 1e-16, and norms with an epsilon of 1e-20 enlarge it.
 ONE_RANK, LAYOUT = 1e-12, 1e-9
@@ -68,6 +67,7 @@ def _plain(config: Any) -> dict[str, Any]:
     import torch
     from megatron.core.distributed import finalize_model_grads
 
+    from engram_megatron.layouts.weights import roughen
     from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
     from engram_megatron.model.parameter_names import global_named_parameters
 
@@ -235,6 +235,7 @@ def test_metrics_tell_the_loss_and_the_load_of_the_prediction_layer() -> None:
 
 def _alone_and_packed(rank: int, world_size: int) -> tuple[list[float], list[float]]:
     """Sums of the prediction's losses of two documents: each in a sequence of its own, and both in one."""
+    from engram_megatron.layouts.weights import roughen
     from engram_megatron.model.builder import build_model_chunks
     from engram_megatron.training.forward_step import forward_step, make_microbatch
 

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from dense_run import dense_run, largest_difference, live, relative_difference, whole_table
-from layout_run import train, whole
+from layout_run import train
 from ranks import run_ranks
 from small_run import LENGTH, global_batch, small_run_config
+
+from engram_megatron.layouts.compare import whole_tensors
 
 STEPS = 3
 # See test_against_dense_model for what enlarges float64's 1e-16 to less than this.
@@ -91,7 +93,7 @@ def _dense() -> dict[tuple[str, int], dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_initial_weights_are_those_of_one_rank(layout: Layout) -> None:
-    initial = whole([rank["initial"] for rank in _run(layout)])
+    initial = whole_tensors([rank["initial"] for rank in _run(layout)])
     expected = _dense()[layout.variant, 1]["initial"]
     assert set(initial) == set(expected)
     for name, value in expected.items():
@@ -107,7 +109,7 @@ def test_loss_norm_and_every_gradient_equal_those_of_one_rank(layout: Layout) ->
             assert one["result"].loss == pytest.approx(expected["loss"], rel=FLOAT64)
             assert one["result"].gradient_norm == pytest.approx(expected["norm"], rel=FLOAT64)
             assert one["result"].num_tokens == expected["num_tokens"]
-        gradient = whole([one["gradient"] for one in of_ranks])
+        gradient = whole_tensors([one["gradient"] for one in of_ranks])
         assert largest_difference(live(gradient), live(expected["gradient"])) < FLOAT64
         table = whole_table([one["rows"] for one in of_ranks], expected["table_gradient"], 0.0)
         assert relative_difference(table, expected["table_gradient"]) < FLOAT64
@@ -117,7 +119,7 @@ def test_loss_norm_and_every_gradient_equal_those_of_one_rank(layout: Layout) ->
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_optimizer_steps_lead_where_those_of_one_rank_lead(layout: Layout, steps: int) -> None:
     ranks, expected = _run(layout), _dense()[layout.variant, steps]
-    parameters = whole([rank["steps"][steps - 1]["parameters"] for rank in ranks])
+    parameters = whole_tensors([rank["steps"][steps - 1]["parameters"] for rank in ranks])
     assert largest_difference(live(parameters), live(expected["parameters"])) < FLOAT64
     if steps == STEPS:
         table = whole_table([rank["table"] for rank in ranks], expected["table"], np.nan)
