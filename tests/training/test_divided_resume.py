@@ -1,5 +1,5 @@
-"""Checkpoints of runs on two tensor or two context ranks: a broken-off run goes on bit for bit, and another layout can
-start from the weights."""
+"""Checkpoints of runs on two tensor, context or pipeline ranks: a broken-off run goes on bit for bit, and another layout
+can start from the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ from tiny_run import Start, backbone, metrics, run_starts, tables, tiny_config, 
 LAST = "checkpoints/step_00000004"
 
 
-@pytest.fixture(scope="module", params=["tensor", "context"])
+LAYOUTS = {
+    "tensor": (["parallel.tensor=2", "parallel.expert=2"], []),
+    "context": (["parallel.context=2", "parallel.expert=2"], []),
+    "interleaved pipeline, two embeddings": (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ["model.mtp.num_layers=1", "model.num_layers=4"],
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def runs(
     request: pytest.FixtureRequest, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[Any]]:
@@ -22,11 +32,13 @@ def runs(
     weights of `straight`. Returns (folder, summaries of rank 0)."""
     folder = tmp_path_factory.mktemp("runs")
     common = ("training.num_steps=4", "checkpoint.every_steps=0")
-    # The first with experts on both ranks; bfloat16 keeps master weights, which are divided as the weights are.
-    divided = (*common, f"parallel.{request.param}=2", "parallel.expert=2", "training.dtype=bfloat16")
+    layout, model = LAYOUTS[request.param]
+    # bfloat16 keeps master weights, which are divided as the weights are.
+    common = (*common, *model, "training.dtype=bfloat16")
+    divided = (*common, "parallel.expert=1", *layout)
     straight, broken = (tiny_config(tiny_corpus, folder / name, *divided) for name in ("straight", "broken"))
     init = f"checkpoint.init_from={folder / 'straight' / LAST}"
-    whole = tiny_config(tiny_corpus, folder / "whole", *common, "parallel.expert=1", "training.dtype=bfloat16", init)
+    whole = tiny_config(tiny_corpus, folder / "whole", *common, "parallel.expert=1", init)
     starts = [Start(straight), Start(broken, stop_after=2), Start(broken, resume=True), Start(whole, stop_after=0)]
     return folder, run_starts(starts)[0]
 
