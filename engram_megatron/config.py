@@ -329,7 +329,7 @@ class TrainingConfig:
     seed: int = 1234
     # Activations to compute again in the backward pass: all of every layer, or those of `recompute_modules`
     recompute: Literal["none", "selective", "full"] = free("none")
-    recompute_modules: tuple[Literal["core_attention", "feed_forward", "mhc", "engram"], ...] = free(("mhc",))
+    recompute_modules: tuple[Literal["attention", "core_attention", "feed_forward", "mhc", "engram"], ...] = free(("mhc",))
     log_every_steps: int = free(1)
     validate_every_steps: int = free(500)  # 0: only at the end
     validation_batches: int = free(8)  # global batches
@@ -348,7 +348,10 @@ class TrainingConfig:
     @property
     def recomputed_modules(self) -> frozenset[str]:
         """The parts of a layer that are computed again one by one; none where whole layers are."""
-        return frozenset(self.recompute_modules) if self.recompute == "selective" else frozenset()
+        if self.recompute != "selective":
+            return frozenset()
+        modules = frozenset(self.recompute_modules)
+        return modules | {"core_attention"} if "attention" in modules else modules
 
     def num_microbatches(self, data_ranks: int) -> int:
         """Microbatches that one rank runs in a step; raises `UsageError` where the batch does not divide."""

@@ -82,7 +82,7 @@ class Variation:
             f"data.separate_documents={packed}",
             f"engram.cut_at_documents={packed}",
             f"training.recompute={self.recompute}",
-            "training.recompute_modules=core_attention,feed_forward,mhc,engram",
+            "training.recompute_modules=attention,feed_forward,mhc,engram",
             f"model.mtp.num_layers={int(self.mtp)}",
         ]
 

@@ -83,7 +83,9 @@ def _by_parts(config: RunConfig, layer: int, again: frozenset[str]) -> int:
     """What a layer keeps of all but the parts `again`."""
     moe = config.model.moe
     is_dense = moe is None or layer < moe.num_leading_dense_layers
-    values = _attention_values(config) + _residual_values(config, again)
+    values = _residual_values(config, again)
+    if "attention" not in again:
+        values += _attention_values(config)
     if "feed_forward" not in again:
         values += 3 * config.model.dense_ffn_size if is_dense else _moe_values(config)  # dense: gate, up, product
     if _has_engram(config, layer):

@@ -59,7 +59,7 @@ def tensor_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:
     mtp = mtp_layers_on(config, pipeline_rank)
     layers, moe_layers = len(layers_on(config, pipeline_rank)) + mtp, moe_layers_on(config, pipeline_rank)
     paired = layers if model.moe is None or model.moe.num_shared_experts else layers - moe_layers
-    block = _attention(config).with_forward_again(config.training.recompute == "full") * layers
+    block = _attention(config).with_forward_again(recomputes(config, "attention")) * layers
     block += (_column(width) + _row(width)).with_forward_again(recomputes(config, "feed_forward")) * paired
     embeddings = (pipeline_rank == 0) + mtp
     heads = (pipeline_rank == config.parallel.pipeline - 1) + mtp
@@ -75,7 +75,7 @@ def context_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:
     latents = attention.kv_lora_rank + attention.rope_head_dim
     layers = len(layers_on(config, pipeline_rank)) + mtp_layers_on(config, pipeline_rank)
     one = Exchange(forward_gather=latents, backward_scatter=latents)
-    return one.with_forward_again(config.training.recompute == "full") * layers
+    return one.with_forward_again(recomputes(config, "attention")) * layers
 
 
 def halo_exchange(config: RunConfig, pipeline_rank: int) -> Exchange:

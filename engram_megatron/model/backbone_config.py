@@ -70,7 +70,8 @@ def _recompute(training: TrainingConfig) -> dict[str, object]:
     """Whole layers and core attention are megatron-core's to recompute, the rest is `transformer_layer`'s."""
     if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if "core_attention" in training.recomputed_modules:
+    modules = training.recomputed_modules
+    if "core_attention" in modules and "attention" not in modules:  # the whole of attention is the layer's part
         return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}
 

@@ -55,7 +55,7 @@ class EngramSubmodules(TransformerLayerSubmodules):
     mhc: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     engram: EngramConfig | None = None
     memory_layers: tuple[int, ...] = ()  # numbers of this chunk's Engram layers, in the order of `context`
-    recompute: frozenset[str] = frozenset()  # of `training.recompute_modules`; core attention is megatron-core's part
+    recompute: frozenset[str] = frozenset()  # of `training.recompute_modules`; core attention alone is megatron-core's part
 
 
 class EngramTransformerLayer(TransformerLayer):
@@ -169,6 +169,12 @@ class EngramTransformerLayer(TransformerLayer):
         return run_again(self.engram, streams, memory_TBE, documents)
 
     def _attend(self, normed: Tensor, documents: Tensor | None) -> Tensor:
+        """Attention; computed again, it keeps its input alone, and its gathers of latents are repeated."""
+        if "attention" in self.recompute:
+            return run_again(self._run_attention, normed, documents)
+        return self._run_attention(normed, documents)
+
+    def _run_attention(self, normed: Tensor, documents: Tensor | None) -> Tensor:
         output, bias = self.self_attention(normed, attention_mask=documents)
         assert bias is None, "Engram models have no bias in linear layers"
         return output  # type: ignore[no-any-return]

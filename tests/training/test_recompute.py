@@ -17,6 +17,7 @@ MODES = {
     **{
         modules: ("training.recompute=selective", f"training.recompute_modules={modules}")
         for modules in (
+            "attention",
             "core_attention",
             "feed_forward",
             "mhc",
@@ -24,10 +25,11 @@ MODES = {
             "mhc,engram",
             "mhc,feed_forward",
             "core_attention,feed_forward,mhc,engram",
+            "attention,feed_forward,mhc,engram",
         )
     },
 }
-TOGETHER = ("full", "mhc,engram", "core_attention,feed_forward,mhc,engram")  # in layouts other than the plain one
+TOGETHER = ("full", "mhc,engram", "core_attention", "attention,feed_forward,mhc,engram")  # in layouts other than the plain one
 HEADS = "model.attention.num_heads=4"
 LAYOUTS = {
     "1 rank": (1, ()),
@@ -160,10 +162,12 @@ def _memory(engram: Any, sequences: int, length: int) -> Any:
 
 def test_every_mode_keeps_less() -> None:
     kept = run_ranks(_kept, 1)[0]
-    everything = "core_attention,feed_forward,mhc,engram"
-    assert kept["full"] < kept[everything] < kept["mhc,engram"] < kept["mhc"] < kept["none"]
+    all_but_projections = "core_attention,feed_forward,mhc,engram"
+    everything = "attention,feed_forward,mhc,engram"
+    assert kept["full"] < kept[everything] < kept[all_but_projections] < kept["mhc,engram"] < kept["mhc"] < kept["none"]
     for part in ("core_attention", "feed_forward", "engram"):
         assert kept[part] < kept["none"]
+    assert kept["attention"] < kept["core_attention"]
     # Sinkhorn's iterations and the copies of four streams are most of a layer of this width.
     assert kept["mhc,engram"] < 0.5 * kept["none"]
 
