@@ -30,7 +30,7 @@ test-all: $(VENV)/.installed  ## every test
 	$(PY) -m pytest $(ARGS)
 
 layouts: $(VENV)/.installed  ## every parallel layout against one rank, about 20 minutes; FULL=1: with every variation
-	$(PY) launch/layouts.py $(if $(FULL),--full) $(ARGS)
+	$(PY) launch/layouts.py $(if $(filter 1,$(FULL)),--full) $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
 	$(VENV)/bin/ruff check .

@@ -15,6 +15,8 @@ from engram_megatron.errors import UsageError
 
 RESUME_FREE = {"resume": "free"}
 DType = Literal["bfloat16", "float32", "float64"]
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+RecomputedModule = Literal["attention", "core_attention", "feed_forward", "mhc", "engram"]
 
 
 def free(default: Any) -> Any:
@@ -329,7 +331,7 @@ class TrainingConfig:
     seed: int = 1234
     # Activations to compute again in the backward pass: all of every layer, or those of `recompute_modules`
     recompute: Literal["none", "selective", "full"] = free("none")
-    recompute_modules: tuple[Literal["attention", "core_attention", "feed_forward", "mhc", "engram"], ...] = free(("mhc",))
+    recompute_modules: tuple[RecomputedModule, ...] = free(())
     log_every_steps: int = free(1)
     validate_every_steps: int = free(500)  # 0: only at the end
     validation_batches: int = free(8)  # global batches
@@ -343,6 +345,11 @@ class TrainingConfig:
         check(
             self.recompute != "selective" or len(self.recompute_modules) > 0,
             "training.recompute = selective, but training.recompute_modules is empty: name some, or choose none",
+        )
+        check(
+            self.recompute == "selective" or not self.recompute_modules,
+            f"training.recompute_modules = {','.join(self.recompute_modules)} needs training.recompute=selective, not "
+            f"{self.recompute}",
         )
 
     @property
@@ -388,68 +395,9 @@ class RunConfig:
         self.data.validate()
         self.checkpoint.validate()
         self.training.validate()
-
-    def validate_layout(self, world_size: int) -> None:
-        """Raise `UsageError` where the layout, the batch or the experts do not divide over `world_size` ranks."""
-        data_ranks = self.parallel.data(world_size)
-        self.training.num_microbatches(data_ranks)
-        self._check_context()
-        if self.model.moe is not None:
+        absent = {"mhc": self.model.mhc.num_streams == 1, "engram": self.engram is None}
+        for module in self.training.recompute_modules:
             check(
-                self.model.moe.num_experts % self.parallel.expert == 0,
-                f"model.moe.num_experts = {self.model.moe.num_experts} is not divisible by parallel.expert = "
-                f"{self.parallel.expert}",
+                not absent.get(module, False),
+                f"training.recompute_modules = {','.join(self.training.recompute_modules)}: this model has no {module}",
             )
-        for what, size in self._divided_over_tensor_ranks().items():
-            check(
-                size % self.parallel.tensor == 0,
-                f"{what} = {size} is not divisible by parallel.tensor = {self.parallel.tensor}",
-            )
-        self._validate_pipeline(self.training.num_microbatches(data_ranks))
-
-    def _validate_pipeline(self, num_microbatches: int) -> None:
-        pipeline, chunks = self.parallel.pipeline, self.parallel.virtual_pipeline
-        check(
-            chunks == 1 or pipeline > 1,
-            f"parallel.virtual_pipeline = {chunks} needs parallel.pipeline > 1: chunks of layers take turns on stages",
-        )
-        check(
-            pipeline * chunks <= self.model.num_layers,
-            f"parallel.pipeline * virtual_pipeline = {pipeline} * {chunks} = {pipeline * chunks} exceeds "
-            f"model.num_layers = {self.model.num_layers}: every chunk needs a layer",
-        )
-        check(
-            chunks == 1 or num_microbatches % pipeline == 0,
-            f"parallel.virtual_pipeline = {chunks}: {num_microbatches} microbatches per step are not divisible by "
-            f"parallel.pipeline = {pipeline}; change training.global_batch_size or training.micro_batch_size",
-        )
-
-    def _check_context(self) -> None:
-        """Under context parallelism a rank holds an early and a late piece of every sequence."""
-        parallel, length = self.parallel, self.data.sequence_length
-        pieces = 2 * parallel.context * parallel.tensor
-        check(
-            parallel.context == 1 or length % pieces == 0,
-            f"data.sequence_length = {length} is not divisible by 2 * parallel.context * parallel.tensor = "
-            f"2 * {parallel.context} * {parallel.tensor} = {pieces}",
-        )
-
-    def _divided_over_tensor_ranks(self) -> dict[str, int]:
-        """Every size of which a tensor rank holds its share. Routed experts are held whole."""
-        attention, moe = self.model.attention, self.model.moe
-        sizes = {
-            "data.sequence_length": self.data.sequence_length,  # sequence parallelism comes with tensor > 1
-            "model.vocab_size": self.model.vocab_size,
-            "model.attention.num_heads": attention.num_heads,
-            "model.attention.kv_lora_rank + rope_head_dim": attention.kv_lora_rank + attention.rope_head_dim,
-        }
-        if self.model.mtp.num_layers > 0:
-            sizes["model.hidden_size"] = self.model.hidden_size  # the rows of its projection
-        if attention.query_lora_rank is not None:
-            sizes["model.attention.query_lora_rank"] = attention.query_lora_rank
-        if moe is None or moe.num_leading_dense_layers > 0:
-            sizes["model.dense_ffn_size"] = self.model.dense_ffn_size
-        if moe is not None and moe.num_shared_experts > 0:
-            shared = moe.num_shared_experts * moe.expert_ffn_size
-            sizes["model.moe.num_shared_experts * expert_ffn_size"] = shared
-        return sizes

@@ -62,8 +62,10 @@ def live(tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def whole_table(parts: Iterable[Rows], num_rows: int) -> Array:
-    """[num_rows, D] from the rows of all ranks, zero where nobody has one."""
+    """[num_rows, D] from the rows of all ranks, zero where nobody has one; [0, 0] where there is no table."""
     kept = [part for part in parts if len(part.ids)]
+    if not kept:
+        return np.zeros((0, 0))
     table = np.zeros((num_rows, kept[0].values.shape[1]), kept[0].values.dtype)
     for part in kept:
         table[part.ids] = part.values
@@ -116,4 +118,4 @@ def drift(ours: Mapping[str, Array], theirs: Mapping[str, Array], start: Mapping
 def _relative(ours: Array, theirs: Array) -> float:
     if ours.shape != theirs.shape:
         raise DisagreementError(f"shapes {ours.shape} and {theirs.shape}")
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max()) if theirs.size else 0.0

@@ -78,11 +78,12 @@ class Variation:
     def overrides(self) -> list[str]:
         """The variation as a user would write it on the command line."""
         packed = str(self.packed).lower()
+        modules = "attention,feed_forward,mhc,engram" if self.recompute == "selective" else ""
         return [
             f"data.separate_documents={packed}",
             f"engram.cut_at_documents={packed}",
             f"training.recompute={self.recompute}",
-            "training.recompute_modules=attention,feed_forward,mhc,engram",
+            f"training.recompute_modules={modules}",
             f"model.mtp.num_layers={int(self.mtp)}",
         ]
 

@@ -15,13 +15,13 @@ from engram_megatron.layouts.small_model import global_batch, hasher_of, microba
 from engram_megatron.layouts.weights import jitter_weights, roughen
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
+from engram_megatron.model.layout_rules import check_layout
 from engram_megatron.model.parameter_names import global_named_buffers, global_named_parameters
 from engram_megatron.model.tensor_shard import partition_dim
 from engram_megatron.optimizer.backbone import BackboneOptimizer, build_backbone_optimizer
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.training import parallel
 from engram_megatron.training.conditional_memory import ConditionalMemory
-from engram_megatron.training.layout_support import check_layout_is_supported
 from engram_megatron.training.parallel import Ranks
 from engram_megatron.training.trainer import Trainer
 
@@ -33,11 +33,13 @@ class SmallRun:
     """What `training.run` holds on a rank, for the small model. Collective; one per process at a time."""
 
     def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
-        check_layout_is_supported(config, world_size)
+        check_layout(config, world_size)
         self.config = config
         self.ranks = _groups(config, rank, world_size)
-        self.memory = ConditionalMemory(config, hasher_of(config), self.ranks)
-        self.memory.initialize(config.training.seed)
+        self.memory = None
+        if config.engram is not None:
+            self.memory = ConditionalMemory(config, hasher_of(config), self.ranks)
+            self.memory.initialize(config.training.seed)
         chunks = build_model_chunks(config)
         roughen(chunks)
         self.chunks: list[nn.Module] = wrap_data_parallel(
@@ -50,12 +52,17 @@ class SmallRun:
 
     def state(self) -> State:
         """A copy of this rank's part, under global names."""
-        layout, shard = self.memory.lookup.layout, self.memory.shard
         return State(
             parameters={name: self._shard(p, p) for name, p in global_named_parameters(self.chunks)},
-            table=Rows(layout.global_row(self.ranks.rank, np.arange(shard.num_rows)), shard.weight.copy()),
+            table=self._table(),
             expert_bias={n: _numbers(b) for n, b in global_named_buffers(self.chunks) if n.endswith("expert_bias")},
         )
+
+    def _table(self) -> Rows:
+        if self.memory is None:
+            return NO_ROWS
+        layout, shard = self.memory.lookup.layout, self.memory.shard
+        return Rows(layout.global_row(self.ranks.rank, np.arange(shard.num_rows)), shard.weight.copy())
 
     def gradients(self, scale: float) -> dict[str, Shard]:
         """The reduced gradients by global name, times `scale`, copied. Collective."""
@@ -104,19 +111,25 @@ class _Recorder:
     def __init__(self, run: SmallRun) -> None:
         self.gradients: dict[str, Shard] = {}
         self.rows = NO_ROWS
-        backbone_step, memory_step, layout = run.optimizer.step, run.memory.step, run.memory.lookup.layout
+        backbone_step = run.optimizer.step
 
         def record_backbone(lr: float, gradient_scale: float = 1.0) -> None:
             self.gradients = run.gradients(gradient_scale)
             backbone_step(lr, gradient_scale)
 
-        def record_rows(gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
-            ids = layout.global_row(run.ranks.rank, gradients.local_rows)
-            self.rows = Rows(ids, gradients.gradients * gradient_scale)
-            memory_step(gradients, learning_rate, gradient_scale)
-
         run.optimizer.step = record_backbone  # type: ignore[method-assign]
-        run.memory.step = record_rows  # type: ignore[method-assign]
+        if run.memory is not None:
+            self._record_rows(run.memory, run.ranks.rank)
+
+    def _record_rows(self, memory: ConditionalMemory, rank: int) -> None:
+        step, layout = memory.step, memory.lookup.layout
+
+        def record(gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
+            ids = layout.global_row(rank, gradients.local_rows)
+            self.rows = Rows(ids, gradients.gradients * gradient_scale)
+            step(gradients, learning_rate, gradient_scale)
+
+        memory.step = record  # type: ignore[method-assign]
 
 
 def _groups(config: RunConfig, rank: int, world_size: int) -> Ranks:

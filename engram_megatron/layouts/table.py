@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.layouts.compare import DisagreementError
 from engram_megatron.layouts.forked_ranks import run_ranks
 from engram_megatron.layouts.judge import Outcome, judge
 from engram_megatron.layouts.matrix import Layout, Variation
@@ -27,6 +26,7 @@ class Line:
 
     text: str
     passes: bool
+    float32_share: float = 0.0  # of its bound
     failure: str = ""  # of a run that did not end: tracebacks and stacks of the ranks
 
 
@@ -44,8 +44,8 @@ def lines(matrix: Sequence[Cell]) -> Iterator[Line]:
             )
             outcome = judge(layout, variation, cells, references[key])
             line = _line(outcome, time.monotonic() - started)
-        except (DisagreementError, AssertionError) as error:
-            first, *rest = str(error).splitlines()
+        except AssertionError as error:  # DisagreementError among them
+            first, *rest = (str(error) or repr(error)).splitlines()
             reason = next((text for text in rest if text and not text.startswith(" ") and "Error" in text), first)
             line = Line(f"{layout.name:32} {variation.name:35} FAIL: {reason}", passes=False, failure=str(error))
         yield line
@@ -86,4 +86,4 @@ def _line(outcome: Outcome, seconds: float) -> Line:
     if not outcome.passes:
         worst = max(outcome.gradient, outcome.update)
         text += f"  FAIL: {worst.where} differs most in float64"
-    return Line(text, outcome.passes)
+    return Line(text, outcome.passes, outcome.float32_drift / outcome.float32_bound)

@@ -18,11 +18,11 @@ size.
 
 from __future__ import annotations
 
-from engram_megatron.config import RunConfig
+from engram_megatron.config import DTYPE_BYTES, RunConfig
 from engram_megatron.model.counts import engram_streams
 from engram_megatron.model.pipeline_layout import pipeline_layout
 from engram_megatron.model.pipeline_schedule import peak_kept
-from engram_megatron.model.placement import DTYPE_BYTES, FLOAT32_BYTES
+from engram_megatron.model.placement import FLOAT32_BYTES
 
 
 def activation_bytes(config: RunConfig, pipeline_rank: int, microbatches: int) -> int:

@@ -139,7 +139,8 @@ def _chunk(config: RunConfig, megatron: Any, number: int) -> EngramModel:
         vp_stage=number if last > 0 else None,
     )
     if config.model.mtp.num_layers > 0 and config.parallel.pipeline > 1 and hasattr(chunk, "embedding"):
-        # A bucket of its own: the distributed optimizer's shards of both copies are then the same rows.
+        # Two stages add up their gradients of it after the distributed optimizer's reduce-scatter: a bucket of its own,
+        # which this mark asks for, is cut alike on both.
         chunk.embedding.word_embeddings.weight.shared_embedding = True
     return chunk
 
@@ -175,10 +176,6 @@ def _shard_layout(chunk: EngramModel, ddp: Any) -> Any:
     """megatron-core's own layout of buckets that divide over the replicas. DDP would make the same, with a warning."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    if hasattr(chunk, "embedding"):
-        # With multi-token prediction two stages add up their gradients of it after the reduce-scatter: a bucket of its
-        # own, which this mark asks for, is cut alike on both.
-        chunk.embedding.word_embeddings.weight.shared_embedding = True
     return DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
         None,  # one bucket per dtype: gradients are not reduced during the backward pass

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.config import RunConfig
+from engram_megatron.config import DTYPE_BYTES, RunConfig
 from engram_megatron.model.activation_memory import activation_bytes, passes_in_flight
 from engram_megatron.model.counts import TensorSpec
 from engram_megatron.model.placement import (
-    DTYPE_BYTES,
     FLOAT32_BYTES,
     buffer_elements,
     gradient_bytes,

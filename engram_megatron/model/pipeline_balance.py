@@ -18,15 +18,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.config import RunConfig
+from engram_megatron.config import DTYPE_BYTES, RunConfig
 from engram_megatron.model.counts import engram_streams
 from engram_megatron.model.flops import BACKWARD_PER_FORWARD, TokenFlops, layer_flops, outer_flops
 
 # FLOPs that a GPU does in the time in which it moves a byte: an H100 at half of its peak in bfloat16 (989 TFLOP/s) and
 # all of its bandwidth (3.35 TB/s). An H200 has 103, a B200 about 140.
 FLOPS_PER_BYTE = 150
-
-_VALUE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,11 @@ def model_costs(config: RunConfig) -> ModelCosts:
     passes = 1 + (outer.multi_token_prediction > 0)  # multi-token prediction has a loss of its own
     moved = FLOPS_PER_BYTE * passes * _loss_bytes(config)
     forward = outer.forward + moved
-    return ModelCosts(layers, Cost(forward, (BACKWARD_PER_FORWARD * outer.forward) + moved))
+    again = 0
+    if outer.multi_token_prediction > 0:  # its layer is of the kind of the last one, without Engram
+        like_last = _layer_cost(config, layer_flops(config)[-1], has_engram=False)
+        again = like_last.backward - BACKWARD_PER_FORWARD * like_last.forward
+    return ModelCosts(layers, Cost(forward, BACKWARD_PER_FORWARD * outer.forward + moved + again))
 
 
 def balanced_layers(costs: ModelCosts, ranks: int, chunks_per_rank: int) -> tuple[int, ...]:
@@ -180,14 +182,14 @@ def _stream_bytes(config: RunConfig) -> int:
     """Both sub-layers of a layer, forward."""
     streams = config.model.mhc.num_streams
     values = 3 * streams + 2 if streams > 1 else 3
-    return 2 * values * config.model.hidden_size * _VALUE_BYTES[config.training.dtype]
+    return 2 * values * config.model.hidden_size * DTYPE_BYTES[config.training.dtype]
 
 
 def _engram_bytes(config: RunConfig) -> int:
-    return (6 * engram_streams(config) + 1) * config.model.hidden_size * _VALUE_BYTES[config.training.dtype]
+    return (6 * engram_streams(config) + 1) * config.model.hidden_size * DTYPE_BYTES[config.training.dtype]
 
 
 def _loss_bytes(config: RunConfig) -> int:
     """Forward; the backward pass moves as much."""
-    value_bytes = _VALUE_BYTES[config.training.dtype]
+    value_bytes = DTYPE_BYTES[config.training.dtype]
     return config.model.vocab_size * (value_bytes + max(4, value_bytes))

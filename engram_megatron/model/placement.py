@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from math import ceil
 
-from engram_megatron.config import ParallelConfig, RunConfig
+from engram_megatron.config import DTYPE_BYTES, ParallelConfig, RunConfig
 from engram_megatron.model.counts import Part, TensorSpec, parameter_specs, table_rows
 from engram_megatron.model.pipeline_layout import pipeline_layout
 
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 FLOAT32_BYTES = 4
 
 ROUTED: Part = "routed experts"

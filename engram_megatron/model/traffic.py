@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from math import log2
 
-from engram_megatron.config import RunConfig
+from engram_megatron.config import DTYPE_BYTES, RunConfig
 from engram_megatron.model.activation_traffic import (
     Exchange,
     context_exchange,
@@ -27,7 +27,6 @@ from engram_megatron.model.activation_traffic import (
 from engram_megatron.model.counts import TensorSpec
 from engram_megatron.model.gradient_traffic import embedding_transfers, gradient_transfers, tensor_rank_transfers
 from engram_megatron.model.placement import (
-    DTYPE_BYTES,
     FLOAT32_BYTES,
     engram_layers_on,
     moe_layers_on,

@@ -16,7 +16,7 @@ Group = Literal[
     "tables",  # all ranks of the job, between their host memories
     "control",  # several groups: numbers of a few bytes
 ]
-Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "send"]
+Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
 ID_BYTES = 8
 
 

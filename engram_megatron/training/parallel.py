@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
+from engram_megatron.model.layout_rules import check_layout
 from engram_megatron.model.sequence_partition import SequencePartition
-from engram_megatron.training.layout_support import check_layout_is_supported
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Ranks:
     context_rank: int
     context_ranks: int
     pipeline_rank: int
-    pipeline_ranks: int
     host_group: dist.ProcessGroup
 
     @property
@@ -67,7 +66,7 @@ def initialize(config: RunConfig) -> Ranks:
         UsageError: the layout does not fit the number of ranks.
     """
     rank, world_size, local_rank = world_from_environment()
-    check_layout_is_supported(config, world_size)
+    check_layout(config, world_size)
     platform.select_device(local_rank)
     timeout = timedelta(seconds=config.parallel.collective_timeout_s)
     if "MASTER_ADDR" in os.environ:
@@ -105,7 +104,6 @@ def initialize_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
         context_rank=parallel_state.get_context_parallel_rank(),
         context_ranks=parallel_state.get_context_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pipeline_ranks=parallel_state.get_pipeline_model_parallel_world_size(),
         host_group=host_group,
     )
     sequence_rank = parallel_state.get_tensor_and_context_parallel_rank()
@@ -125,6 +123,13 @@ def sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=ranks.host_group)
     return [float(value) for value in total]
+
+
+def max_over_ranks(value: float, ranks: Ranks) -> float:
+    """Largest of all ranks' float64 values, on the host."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks.host_group)
+    return float(largest)
 
 
 def once_per_replica(values: list[float], ranks: Ranks) -> list[float]:

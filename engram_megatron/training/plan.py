@@ -20,6 +20,7 @@ from engram_megatron.model.counts import (
     tensor_specs,
 )
 from engram_megatron.model.flops import TokenFlops, token_flops
+from engram_megatron.model.layout_rules import check_layout
 from engram_megatron.model.placement import rank_step_tokens
 from engram_megatron.optimizer.parameter_groups import describe_tensor
 from engram_megatron.overrides import as_text, leaves
@@ -35,7 +36,7 @@ def describe(config: RunConfig, world_size: int) -> str:
     Raises `UsageError` for a config or a layout that cannot work.
     """
     config.validate()
-    config.validate_layout(world_size)
+    check_layout(config, world_size)
     sections = {"Configuration": _configuration(config), "Layout": _layout(config, world_size)}
     if config.parallel.pipeline > 1:
         sections["Pipeline"] = pipeline_text(config, world_size)

@@ -19,11 +19,11 @@ from engram_megatron.errors import UsageError
 from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.hashing.vocab_projection import build_vocab_projection, identity_projection
 from engram_megatron.model.counts import parameter_specs
+from engram_megatron.model.layout_rules import check_layout
 from engram_megatron.optimizer.schedule import learning_rate_schedule
 from engram_megatron.overrides import from_dict
 from engram_megatron.tables.host_memory import check_host_memory
 from engram_megatron.tables.row_layout import RowLayout
-from engram_megatron.training.layout_support import check_layout_is_supported
 from engram_megatron.training.run_folder import RunFolder
 from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume, check_tokenizer
 
@@ -58,7 +58,7 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
         UsageError, CorpusError: the first thing that cannot work, in one line.
     """
     config.validate()
-    check_layout_is_supported(config, world_size)
+    check_layout(config, world_size)
     if not config.run_dir:
         raise UsageError("run_dir is not set: add run_dir=PATH, the folder that this run writes to")
     if not config.data.corpus:

@@ -18,7 +18,7 @@ from typing import Any
 
 from engram_megatron.config import RESUME_FREE, RunConfig
 from engram_megatron.errors import UsageError
-from engram_megatron.overrides import leaves, to_dict
+from engram_megatron.overrides import from_dict, leaves, to_dict
 from engram_megatron.training.stop_signal import STOP_FILE
 
 COMPLETE = "COMPLETE"
@@ -114,20 +114,27 @@ class RunFolder:
 
 
 def check_resumable(saved: dict[str, Any], config: RunConfig) -> None:
-    """Raise `UsageError` naming the first key that a resume must not change (fields not marked `RESUME_FREE`)."""
+    """Raise `UsageError` naming the first key that a resume must not change (fields not marked `RESUME_FREE`).
+
+    A field that the checkpoint's version did not know yet had its default's behaviour.
+    """
+    before = {key: value for key, value, _ in leaves(from_dict(RunConfig, saved))}
     for key, value, field in leaves(config):
-        if field.metadata == RESUME_FREE:
+        if field.metadata == RESUME_FREE or (key in before and before[key] == value):
             continue
-        before: Any = saved
-        for part in key.split("."):
-            before = before.get(part) if isinstance(before, dict) else None
-        now = list(value) if isinstance(value, tuple) else value
-        if before != now:
-            was = f"{key} set" if isinstance(before, dict) else repr(before)  # an optional part switched off since
+        # An optional part that was switched on or off since has other keys.
+        was = repr(_as_json(before[key])) if key in before else "None"
+        if any(other.startswith(f"{key}.") for other in before):
+            was = f"{key} set"
+        if was != "None" or value is not None:
             raise UsageError(
-                f"cannot resume with {key} = {now!r}: the checkpoint was made with {was}; restore it, or start a "
-                "new run with checkpoint.init_from (weights only)"
+                f"cannot resume with {key} = {_as_json(value)!r}: the checkpoint was made with {was}; restore it, or "
+                "start a new run with checkpoint.init_from (weights only)"
             )
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def write_json(path: Path, value: Any) -> None:

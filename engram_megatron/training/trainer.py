@@ -30,7 +30,7 @@ from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.optimizer.schedule import learning_rate_schedule
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.forward_step import Microbatch, make_microbatch
-from engram_megatron.training.parallel import Ranks, once_per_replica, sum_over_ranks
+from engram_megatron.training.parallel import Ranks, max_over_ranks, once_per_replica, sum_over_ranks
 from engram_megatron.training.schedule_runner import ScheduleRunner
 from engram_megatron.training.step_metrics import expert_metrics, gather_metrics, layer_metrics
 
@@ -93,7 +93,8 @@ class Trainer:
         num_tokens = max(int(totals[1]), 1)  # a batch of nothing but document starts has none
         loss, mtp_loss = totals[0] / num_tokens, totals[2] / max(int(totals[3]), 1)
         if not math.isfinite(loss + mtp_loss):
-            raise NonFiniteLossError(f"loss is {loss} in step {step + 1}; the optimizer has not moved")
+            prediction = f", that of multi-token prediction {mtp_loss}" if self.config.model.mtp.num_layers > 0 else ""
+            raise NonFiniteLossError(f"loss is {loss}{prediction} in step {step + 1}; the optimizer has not moved")
         learning_rate = self.schedule.at(step)
         gradient_norm = self._update(step, rows, num_tokens, learning_rate)
         platform.synchronize()
@@ -132,7 +133,7 @@ class Trainer:
             "train/learning_rate": result.learning_rate,
             "perf/tokens_per_second": rate,
             "perf/step_ms": result.seconds * 1e3,
-            "perf/peak_memory_gib": platform.peak_memory_bytes() / 1024**3,
+            "perf/peak_memory_gib": max_over_ranks(platform.peak_memory_bytes() / 1024**3, self.ranks),
         }
         peak = self.config.training.peak_tflops_per_rank * 1e12 * self.ranks.world_size
         if peak > 0:

@@ -7,14 +7,14 @@ from typing import Any
 
 from engram_megatron.layouts.matrix import LAYOUTS, VARIATIONS, all_cases, pairwise_cases
 from engram_megatron.layouts.small_model import case_config
-from engram_megatron.training.layout_support import check_layout_is_supported
+from engram_megatron.model.layout_rules import check_layout
 
 
 def test_every_cell_is_a_layout_that_trains() -> None:
     for layout, variation in all_cases():
         config = case_config(layout, variation, "float64")
         config.validate()
-        check_layout_is_supported(config, layout.ranks)
+        check_layout(config, layout.ranks)
 
 
 def test_no_layout_is_there_twice() -> None:

@@ -14,8 +14,9 @@ from engram_megatron.errors import UsageError
 from engram_megatron.layouts.compare import largest_difference, live, whole_state, whole_table, whole_tensors
 from engram_megatron.layouts.records import Plan, RankRecord
 from engram_megatron.layouts.small_model import small_model_config
+from engram_megatron.model.layout_rules import check_layout
 from engram_megatron.overrides import apply_overrides
-from engram_megatron.training.layout_support import check_layout_is_supported
+from engram_megatron.training.plan import describe
 
 BOUND = 1e-9  # see engram_megatron.layouts.case
 
@@ -36,8 +37,6 @@ SHAPES = {
     "data.sequence_length": st.sampled_from([16, 24, 30, 32]),
     "data.separate_documents": st.sampled_from(["true", "false"]),
     "engram.cut_at_documents": st.sampled_from(["true", "false"]),
-    "training.recompute": st.sampled_from(["none", "selective", "full"]),
-    "training.recompute_modules": st.sampled_from(["mhc", "core_attention,engram", "feed_forward,mhc", "mhc,engram"]),
     "training.global_batch_size": st.sampled_from([4, 8]),
     "training.micro_batch_size": st.sampled_from([1, 2]),
 }
@@ -49,6 +48,18 @@ LAYOUTS = {
     "parallel.expert": st.integers(1, 4),
     "parallel.distributed_optimizer": st.sampled_from(["true", "false"]),
 }
+RECOMPUTED = st.sampled_from(
+    [
+        ("none", ""),
+        ("full", ""),
+        ("selective", "mhc"),
+        ("selective", "core_attention,engram"),
+        ("selective", "attention,mhc"),
+        ("selective", "feed_forward,mhc,engram"),
+        ("full", "mhc"),
+    ]
+)
+WITHOUT = st.sampled_from([(), (), (), ("model.moe=none",), ("engram=none",), ("engram=none", "model.moe=none")])
 LAYOUT_TEXTS = st.sampled_from(
     ["auto", "auto", "Et|tL", "Ett|tL", "Et*2|tt|L", "E|tt|tL", "t|t", "Ettx|L", "Ett|t*2mL", ""]
 )
@@ -62,7 +73,9 @@ def runs(draw: Any) -> tuple[RunConfig, int]:
     layers = sorted(draw(st.sets(st.integers(1, chosen["model.num_layers"]), min_size=1, max_size=3)))
     numbers = ",".join(map(str, layers))
     chosen |= {"engram.layer_numbers": numbers, "engram.hash_seed_ids": numbers}
-    config = small_model_config("float64", [f"{key}={value}" for key, value in chosen.items()])
+    chosen["training.recompute"], chosen["training.recompute_modules"] = draw(RECOMPUTED)
+    overrides = [f"{key}={value}" for key, value in chosen.items()]
+    config = apply_overrides(small_model_config("float64", overrides), list(draw(WITHOUT)))
     return config, draw(st.sampled_from([1, 2, 2, 4]))
 
 
@@ -93,17 +106,22 @@ def likely_runs(draw: Any) -> tuple[RunConfig, int]:
     return apply_overrides(config, fitting), ranks
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(runs())
 def test_layout_is_accepted_or_refused_in_one_line(run: tuple[RunConfig, int]) -> None:
     config, ranks = run
+    from engram_megatron.model.backbone_config import backbone_config
+
     try:
         config.validate()
-        check_layout_is_supported(config, ranks)
+        check_layout(config, ranks)
     except UsageError as refusal:
         line = str(refusal)
         assert "\n" not in line
         assert any(key in line for key in ("parallel", "model.", "data.", "training.", "engram.")), line
+    else:
+        describe(config, ranks)
+        backbone_config(config)  # megatron-core has rules of its own
 
 
 def train(rank: int, world_size: int, config: RunConfig) -> RankRecord:
@@ -122,7 +140,8 @@ def gradients(records: list[RankRecord]) -> dict[str, Any]:
 def check_equals_one_rank(config: RunConfig, ranks: int) -> None:
     plain = [
         *("parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.pipeline_layout=auto"),
-        *("parallel.context=1", "parallel.expert=1", "parallel.distributed_optimizer=false", "training.recompute=none"),
+        *("parallel.context=1", "parallel.expert=1", "parallel.distributed_optimizer=false"),
+        *("training.recompute=none", "training.recompute_modules="),
     ]
     (alone,) = run_ranks(train, 1, apply_overrides(config, plain))
     records: list[RankRecord] = run_ranks(train, ranks, config)
@@ -137,7 +156,7 @@ def check_equals_one_rank(config: RunConfig, ranks: int) -> None:
 def accepted(config: RunConfig, ranks: int) -> bool:
     try:
         config.validate()
-        check_layout_is_supported(config, ranks)
+        check_layout(config, ranks)
     except UsageError:
         return False
     return True

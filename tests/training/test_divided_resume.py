@@ -1,5 +1,6 @@
-"""Checkpoints of runs on two tensor, context or pipeline ranks: a broken-off run goes on bit for bit, and another layout
-can start from the weights."""
+"""Checkpoints of runs on two tensor, context or pipeline ranks: a broken-off run goes on bit for bit, and another
+layout can start from the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +20,10 @@ LAYOUTS = {
     "context": (["parallel.context=2", "parallel.expert=2"], []),
     "interleaved pipeline, two embeddings": (
         ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ["model.mtp.num_layers=1", "model.num_layers=4"],
+    ),
+    "pipeline of unequal stages, distributed optimizer": (
+        ["parallel.pipeline=2", "parallel.pipeline_layout=Et*3|tmL", "parallel.distributed_optimizer=true"],
         ["model.mtp.num_layers=1", "model.num_layers=4"],
     ),
 }

@@ -29,7 +29,12 @@ MODES = {
         )
     },
 }
-TOGETHER = ("full", "mhc,engram", "core_attention", "attention,feed_forward,mhc,engram")  # in layouts other than the plain one
+TOGETHER = (
+    "full",
+    "mhc,engram",
+    "core_attention",
+    "attention,feed_forward,mhc,engram",
+)  # in layouts other than the plain one
 HEADS = "model.attention.num_heads=4"
 LAYOUTS = {
     "1 rank": (1, ()),

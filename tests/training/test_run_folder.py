@@ -31,7 +31,7 @@ def other(value: Any) -> Any:
     if isinstance(value, int | float):
         return value + 1
     if isinstance(value, tuple):
-        return (*value[:-1], other(value[-1]))
+        return (*value[:-1], other(value[-1])) if value else ("other",)
     return "other" if value is None else f"{value}_other"
 
 
@@ -153,3 +153,11 @@ def test_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("os.access", lambda _path, _mode: False)  # root may write everywhere
     with pytest.raises(UsageError, match=f"no permission in {re.escape(str(tmp_path))}"):
         RunFolder(tmp_path / "deep/run").check_writable()
+
+
+def test_checkpoint_from_before_a_field_existed_counts_as_its_default() -> None:
+    older = saved(engram_tiny())
+    del older["model"]["mtp"], older["parallel"]["virtual_pipeline"]
+    check_resumable(older, engram_tiny())
+    with pytest.raises(UsageError, match=r"parallel\.virtual_pipeline = 2: the checkpoint was made with 1;"):
+        check_resumable(older, with_value(engram_tiny(), ["parallel", "virtual_pipeline"], lambda _: 2))

@@ -6,13 +6,13 @@ import pytest
 from small_run import small_run_config
 
 from engram_megatron.errors import UsageError
-from engram_megatron.training.layout_support import check_layout_is_supported
+from engram_megatron.model.layout_rules import check_layout
 
 
 @pytest.mark.parametrize(("tensor", "expert", "world_size"), [(1, 1, 1), (2, 1, 2), (2, 4, 4), (4, 1, 4), (4, 2, 8)])
 def test_sizes_that_divide_are_accepted(tensor: int, expert: int, world_size: int) -> None:
     overrides = [f"parallel.tensor={tensor}", f"parallel.expert={expert}", "model.attention.num_heads=4"]
-    check_layout_is_supported(small_run_config(overrides=overrides), world_size)
+    check_layout(small_run_config(overrides=overrides), world_size)
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,14 @@ def test_sizes_that_divide_are_accepted(tensor: int, expert: int, world_size: in
 def test_size_that_tensor_ranks_cannot_share_is_named(override: str, told: str) -> None:
     overrides = ["model.attention.num_heads=4", "parallel.tensor=4", override]
     with pytest.raises(UsageError, match=f"{told} is not divisible by parallel.tensor = 4"):
-        check_layout_is_supported(small_run_config(overrides=overrides), 4)
+        check_layout(small_run_config(overrides=overrides), 4)
 
 
 def test_width_that_tensor_ranks_cannot_share_matters_to_multi_token_prediction_alone() -> None:
     overrides = ["model.attention.num_heads=4", "parallel.tensor=4", "model.hidden_size=30"]
-    check_layout_is_supported(small_run_config(overrides=overrides), 4)
+    check_layout(small_run_config(overrides=overrides), 4)
     with pytest.raises(UsageError, match=r"model\.hidden_size = 30 is not divisible by parallel\.tensor = 4"):
-        check_layout_is_supported(small_run_config(overrides=[*overrides, "model.mtp.num_layers=1"]), 4)
+        check_layout(small_run_config(overrides=[*overrides, "model.mtp.num_layers=1"]), 4)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_width_that_tensor_ranks_cannot_share_matters_to_multi_token_prediction_
 def test_size_of_a_part_that_the_model_lacks_does_not_matter(unused: tuple[str, ...]) -> None:
     odd_experts = "model.moe.expert_ffn_size=18" if len(unused) == 1 else "model.moe.expert_ffn_size=16"
     overrides = ["model.attention.num_heads=4", "parallel.tensor=4", odd_experts, *unused]
-    check_layout_is_supported(small_run_config(overrides=overrides), 4)
+    check_layout(small_run_config(overrides=overrides), 4)
 
 
 @pytest.mark.parametrize(("context", "tensor", "world_size"), [(2, 1, 2), (4, 1, 4), (2, 2, 8), (2, 3, 6), (3, 1, 3)])
@@ -57,7 +57,7 @@ def test_sequence_that_context_ranks_can_share_is_accepted(context: int, tensor:
         "model.moe.expert_ffn_size=18",
     ]  # what three tensor ranks can share
     overrides = [f"parallel.context={context}", f"parallel.tensor={tensor}", *sizes, "training.global_batch_size=8"]
-    check_layout_is_supported(small_run_config(overrides=overrides), world_size)
+    check_layout(small_run_config(overrides=overrides), world_size)
 
 
 @pytest.mark.parametrize(("context", "tensor", "length"), [(2, 1, 26), (2, 2, 20), (4, 2, 24), (2, 3, 30)])
@@ -66,7 +66,7 @@ def test_sequence_that_context_ranks_cannot_share_is_named(context: int, tensor:
     pieces = 2 * context * tensor
     told = rf"sequence_length = {length} is not divisible by 2 \* parallel.context \* parallel.tensor = .* = {pieces}$"
     with pytest.raises(UsageError, match=told):
-        check_layout_is_supported(small_run_config(overrides=overrides), context * tensor)
+        check_layout(small_run_config(overrides=overrides), context * tensor)
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_sequence_that_context_ranks_cannot_share_is_named(context: int, tensor:
 )
 def test_pipeline_that_cannot_be_is_refused(overrides: list[str], world_size: int, told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        check_layout_is_supported(small_run_config(overrides=overrides), world_size)
+        check_layout(small_run_config(overrides=overrides), world_size)
