@@ -11,17 +11,6 @@ from small_run import global_batch, numbers, small_groups, small_hasher
 
 from engram_megatron.config import RunConfig
 
-STREAMS = 4
-# The first sub-layer sees equal streams: every doubly stochastic H_res leaves them as they are, and the norm behind
-# H_pre takes its scale away. Both have gradients that are zero up to rounding, which Adam and Muon turn into steps
-# without a direction. They change nothing that the model computes; only H_post does.
-_POST = slice(STREAMS, 2 * STREAMS)
-LIVE: dict[str, slice] = {
-    f"{layer}.mhc_attention.{name}": part
-    for layer in ("decoder.layers.0", "mtp.layers.0.mtp_model_layer")
-    for name, part in (("bias", _POST), ("mapping.weight", _POST), ("alpha", slice(1, 2)))
-}
-
 
 def dense_run(rank: int, world_size: int, config: RunConfig, num_steps: int) -> dict[str, Any]:
     """On one rank: {"logits" of the first batch before any step, "steps": numbers of each step, "parameters",
@@ -115,11 +104,6 @@ def dense_table(config: RunConfig, total_rows: int) -> Any:
     weight = np.zeros((total_rows, config.engram.row_dim), config.engram.table_dtype)
     fill_initial_rows(weight, 0, config.training.seed, config.engram.init_std)
     return torch.nn.Embedding(total_rows, config.engram.row_dim, _weight=torch.from_numpy(weight))
-
-
-def live(parameters: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-    """Parameters, or their gradients, without those whose gradient is rounding noise: see `LIVE`."""
-    return {name: value[LIVE[name]] if name in LIVE else value for name, value in parameters.items()}
 
 
 def whole_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import inf, isqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +15,6 @@ from engram_megatron.layouts.records import Array, RankRecord, Rows, Shard, Stat
 # they are, and the norm behind H_pre takes its scale away. Both have gradients that are zero up to rounding, which Adam
 # and Muon turn into steps without a direction. They change nothing that the model computes; only H_post does.
 _EQUAL_STREAMS = re.compile(r"(decoder\.layers\.0\.|mtp\..*)mhc_attention\.(bias|mapping\.weight|alpha)$")
-_STREAMS = 4
-_H_POST = {"bias": slice(_STREAMS, 2 * _STREAMS), "mapping.weight": slice(_STREAMS, 2 * _STREAMS), "alpha": slice(1, 2)}
 
 
 class DisagreementError(AssertionError):
@@ -57,8 +56,15 @@ def _joined(name: str, shards: Sequence[Shard]) -> Array:
 
 def live(tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Parameters, or their gradients, without what rounding noise alone moves."""
-    found = {name: _EQUAL_STREAMS.search(name) for name in tensors}
-    return {name: tensors[name][_H_POST[match[2]]] if match else tensors[name] for name, match in found.items()}
+    return {name: _h_post(name, tensor) if _EQUAL_STREAMS.search(name) else tensor for name, tensor in tensors.items()}
+
+
+def _h_post(name: str, tensor: Array) -> Array:
+    """The part of a hyper-connection's parameter that H_post is made of; the order is H_pre, H_post, H_res."""
+    if name.endswith("alpha"):
+        return tensor[1:2]
+    streams = isqrt(len(tensor) + 1) - 1  # rows: M + M + M * M
+    return tensor[streams : 2 * streams]
 
 
 def whole_table(parts: Iterable[Rows], num_rows: int) -> Array:
@@ -118,4 +124,7 @@ def drift(ours: Mapping[str, Array], theirs: Mapping[str, Array], start: Mapping
 def _relative(ours: Array, theirs: Array) -> float:
     if ours.shape != theirs.shape:
         raise DisagreementError(f"shapes {ours.shape} and {theirs.shape}")
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max()) if theirs.size else 0.0
+    difference, scale = np.abs(ours - theirs).max(initial=0.0), np.abs(theirs).max(initial=0.0)
+    if not np.isfinite(difference):
+        return inf  # what is not a number would be lost in a maximum
+    return float(difference / scale) if scale > 0 else (inf if difference > 0 else 0.0)

@@ -55,8 +55,8 @@ class Outcome:
     @property
     def passes(self) -> bool:
         """All bounds hold."""
-        exact = max(self.loss, self.documents or 0.0, self.norm, self.gradient.value, self.update.value)
-        return exact <= FLOAT64_BOUND and self.float32_drift <= self.float32_bound
+        exact = (self.loss, self.documents or 0.0, self.norm, self.gradient.value, self.update.value)
+        return all(value <= FLOAT64_BOUND for value in exact) and self.float32_drift <= self.float32_bound
 
 
 def judge(layout: Layout, variation: Variation, cells: Sequence[RankCell], reference: Reference) -> Outcome:

@@ -59,6 +59,13 @@ def test_largest_difference_names_the_tensor() -> None:
         largest_difference({"small": WHOLE}, theirs)
 
 
+def test_what_is_not_a_number_is_the_largest_difference() -> None:
+    ours = {"a": np.array([np.nan, 1.0]), "b": np.array([0.0])}
+    assert largest_difference(ours, {"a": np.ones(2), "b": np.zeros(1)}) == (np.inf, "a")
+    assert largest_difference({"b": np.full(1, 1e-30)}, {"b": np.zeros(1)}).value == np.inf
+    assert largest_difference({"b": np.zeros(1)}, {"b": np.zeros(1)}).value == 0.0
+
+
 def test_drift_is_relative_to_the_way_that_was_gone() -> None:
     start = {"w": np.zeros(4), "table": np.zeros(4)}
     theirs = {"w": np.full(4, 2.0), "table": np.full(4, 1e-3)}
@@ -66,11 +73,13 @@ def test_drift_is_relative_to_the_way_that_was_gone() -> None:
     assert drift(ours, theirs, start) == pytest.approx(0.1)
 
 
-def test_only_what_rounding_moves_is_left_out() -> None:
-    names = [
-        "decoder.layers.0.mhc_attention.alpha",
-        "decoder.layers.1.mhc_attention.alpha",
-        "decoder.layers.0.mhc_mlp.alpha",
-    ]
-    kept = live({name: np.arange(3.0) for name in names})
-    assert [value.tolist() for value in kept.values()] == [[1.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
+@pytest.mark.parametrize("streams", [2, 4])
+def test_only_what_rounding_moves_is_left_out(streams: int) -> None:
+    rows = 2 * streams + streams**2
+    sizes = {"alpha": 3, "bias": rows, "mapping.weight": rows}
+    layers = ("decoder.layers.0.mhc_attention", "decoder.layers.1.mhc_attention", "decoder.layers.0.mhc_mlp")
+    kept = live({f"{layer}.{name}": np.arange(size) for layer in layers for name, size in sizes.items()})
+    for name, size in sizes.items():
+        post = [1] if name == "alpha" else list(range(streams, 2 * streams))
+        assert kept[f"decoder.layers.0.mhc_attention.{name}"].tolist() == post
+        assert all(len(kept[f"{layer}.{name}"]) == size for layer in layers[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
@@ -162,7 +162,8 @@ def accepted(config: RunConfig, ranks: int) -> bool:
     return True
 
 
-UNHURRIED = {"deadline": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
+# An example is some seconds: no shrinking, the first failure is told as it is.
+UNHURRIED = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": (Phase.explicit, Phase.generate)}
 
 
 @settings(max_examples=4, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]

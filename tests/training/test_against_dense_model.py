@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_run import dense_run, expert_biases, largest_difference, live, relative_difference, whole_table
+from dense_run import dense_run, expert_biases, largest_difference, relative_difference, whole_table
 from ranks import run_ranks
 from small_run import build_small_run, global_batch, microbatches, numbers, small_run_config
+
+from engram_megatron.layouts.compare import live
 
 STEPS = 10
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]  # (ranks, expert-parallel size)

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from dense_run import dense_run, live, relative_difference, whole_table
+from dense_run import dense_run, relative_difference, whole_table
 from ranks import run_ranks
 from small_run import build_small_run, global_batch, microbatches, numbers, small_run_config
 from tiny_run import Start, backbone, run_starts, tables, tiny_config, train_losses
+
+from engram_megatron.layouts.compare import live
 
 STEPS = 5
 # See test_against_dense_model for what enlarges float64's 1e-16 to less than this.

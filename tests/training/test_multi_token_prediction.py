@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_run import dense_table, expert_biases, live
+from dense_run import dense_table, expert_biases
 from ranks import run_ranks
 from small_run import (
     LENGTH,
@@ -24,6 +24,7 @@ from small_run import (
 )
 
 from engram_data.batch import Batch, after_next
+from engram_megatron.layouts.compare import live
 from engram_megatron.layouts.small_model import take
 
 # Sums over tokens run in another order; float64 has 1e-16, and norms with an epsilon of 1e-20 enlarge it.

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from dense_run import dense_run, largest_difference, live, relative_difference, whole_table
+from dense_run import dense_run, largest_difference, relative_difference, whole_table
 from layout_run import train
 from ranks import run_ranks
 from small_run import LENGTH, global_batch, small_run_config
 
-from engram_megatron.layouts.compare import whole_tensors
+from engram_megatron.layouts.compare import live, whole_tensors
 
 STEPS = 3
 # See test_against_dense_model for what enlarges float64's 1e-16 to less than this.
