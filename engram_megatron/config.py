@@ -228,7 +228,7 @@ class ParallelConfig:
 
     def data(self, world_size: int) -> int:
         """Number of data-parallel replicas; raises `UsageError` where the equation does not close."""
-        check(world_size >= 1, f"{world_size} ranks: a job has at least 1")
+        check(world_size >= 1, f"number of ranks = {world_size} must be at least 1")
         model_ranks = prod((self.tensor, self.pipeline, self.context))
         check(
             world_size % model_ranks == 0,

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
+from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.layouts.compare import largest_difference, live, whole_state, whole_table, whole_tensors
@@ -110,6 +111,7 @@ def likely_runs(draw: Any) -> tuple[RunConfig, int]:
 @given(runs())
 def test_layout_is_accepted_or_refused_in_one_line(run: tuple[RunConfig, int]) -> None:
     config, ranks = run
+    platform.install()
     from engram_megatron.model.backbone_config import backbone_config
 
     try:
