@@ -29,7 +29,7 @@ test: $(VENV)/.installed  ## the test suite, without the tests marked slow
 test-all: $(VENV)/.installed  ## every test
 	$(PY) -m pytest $(ARGS)
 
-layouts: $(VENV)/.installed  ## every parallel layout against one rank, about 20 minutes; FULL=1: with every variation
+layouts: $(VENV)/.installed  ## every parallel layout against one rank, about 15 minutes; FULL=1: with every variation
 	$(PY) launch/layouts.py $(if $(filter 1,$(FULL)),--full) $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
