@@ -43,8 +43,8 @@ def main() -> int:
     minutes = (time.monotonic() - started) / 60
     layouts = len({layout for layout, _ in cells})
     for line in failures:
-        if line.failure:
-            print(f"\n{line.text}\n{line.failure}", file=sys.stderr)
+        if line.details:
+            print(f"\n{line.text}\n{line.details}", file=sys.stderr)
     print(
         f"{len(cells) - len(failures)} of {len(cells)} runs of {layouts} layouts equal one rank; {minutes:.1f} minutes"
     )

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dense_run import expert_biases
+import pytest
+from dense_run import expert_biases, largest_difference, relative_difference, whole_table
 from small_run import build_small_run, global_batch, microbatches, numbers
 
+from engram_megatron.layouts.compare import live, whole_tensors
 from engram_megatron.layouts.records import Shard
+
+# See test_against_dense_model for what enlarges float64's 1e-16 to less than this.
+FLOAT64 = 1e-9
 
 
 def train(rank: int, world_size: int, config: Any, num_steps: int) -> dict[str, Any]:
@@ -53,3 +58,17 @@ def train(rank: int, world_size: int, config: Any, num_steps: int) -> dict[str, 
         "table": (owned, run.memory.shard.weight.copy()),
         "expert_bias": expert_biases(run.chunks),
     }
+
+
+def check_steps(ranks: list[dict[str, Any]], dense: dict[str, Any]) -> None:
+    """Loss, clip norm, tokens, every gradient and the table's, in every step, are those of `dense_run`."""
+    for step, expected in enumerate(dense["steps"]):
+        of_ranks = [rank["steps"][step] for rank in ranks]
+        for one in of_ranks:
+            assert one["result"].loss == pytest.approx(expected["loss"], rel=FLOAT64)
+            assert one["result"].gradient_norm == pytest.approx(expected["norm"], rel=FLOAT64)
+            assert one["result"].num_tokens == expected["num_tokens"]
+        gradient = whole_tensors([one["gradient"] for one in of_ranks])
+        assert largest_difference(live(gradient), live(expected["gradient"])) < FLOAT64
+        table = whole_table([one["rows"] for one in of_ranks], expected["table_gradient"], 0.0)
+        assert relative_difference(table, expected["table_gradient"]) < FLOAT64

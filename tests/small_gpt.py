@@ -149,6 +149,18 @@ def accumulate_gradients(model: DistributedDataParallel, seed: int, num_sequence
     return float(total) / tokens[:, 1:].numel()
 
 
+def train_steps(model: Any, optimizer: Any, first: int, last: int, lr: float) -> list[tuple[float, float]]:
+    """(loss, squared gradient norm) of steps first..last-1, gradients halved."""
+    numbers = []
+    for step in range(first, last):
+        optimizer.zero_grad()
+        loss = accumulate_gradients(model, step)
+        optimizer.prepare_gradients()
+        numbers.append((loss, optimizer.gradient_norm_squared()))
+        optimizer.step(lr, 0.5)
+    return numbers
+
+
 def _megatron_config(config: RunConfig) -> MLATransformerConfig:
     model, attention, moe = config.model, config.model.attention, config.model.moe
     assert moe is not None

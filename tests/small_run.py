@@ -13,63 +13,31 @@ from typing import Any, Literal
 
 import numpy as np
 
-from engram_data.batch import Batch, make_batch
-from engram_megatron.config import (
-    AttentionConfig,
-    DataConfig,
-    EngramConfig,
-    HyperConnectionConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-)
-from engram_megatron.layouts.small_model import take
-from engram_megatron.overrides import apply_overrides
+from engram_data.batch import Batch
+from engram_megatron.config import RunConfig
+from engram_megatron.layouts import small_model
+from engram_megatron.layouts.small_model import small_model_config, take
 
 VOCAB, LENGTH, GLOBAL_BATCH, MICROBATCHES = 200, 24, 8, 2
 
 
 def small_run_config(dtype: Literal["float32", "float64"] = "float64", overrides: Sequence[str] = ()) -> RunConfig:
     """Every number in `dtype`; `overrides` are those of the command line."""
-    config = RunConfig(
-        name="small",
-        model=ModelConfig(
-            num_layers=3,
-            hidden_size=32,
-            vocab_size=VOCAB,
-            dense_ffn_size=48,
-            init_std=0.1,
-            attention=AttentionConfig(
-                num_heads=2, kv_lora_rank=16, nope_head_dim=12, rope_head_dim=8, value_head_dim=12
-            ),
-            moe=MoEConfig(num_experts=4, top_k=2, num_shared_experts=1, expert_ffn_size=16, router_dtype=dtype),
-            mhc=HyperConnectionConfig(num_streams=4, sinkhorn_iterations=6, mapping_dtype=dtype),
-        ),
-        engram=EngramConfig(
-            layer_numbers=(2, 3),
-            hash_seed_ids=(2, 3),
-            num_heads_per_order=2,
-            rows_per_head=101,
-            memory_dim=16,
-            block_rows=32,
-            table_dtype=dtype,
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_grad_norm=0.5),
-        data=DataConfig(sequence_length=LENGTH),
-        training=TrainingConfig(num_steps=10, global_batch_size=GLOBAL_BATCH, dtype=dtype),
-    )
-    return apply_overrides(config, list(overrides))
+    sizes = [
+        "model.num_layers=3",
+        f"model.vocab_size={VOCAB}",
+        "model.attention.num_heads=2",
+        f"data.sequence_length={LENGTH}",
+        f"training.global_batch_size={GLOBAL_BATCH}",
+    ]
+    return small_model_config(dtype, [*sizes, *overrides])
 
 
 def global_batch(step: int, *, separate_documents: bool = True) -> Batch:
     """The `GLOBAL_BATCH` sequences of a step: sequence s has s + 1 documents, so that ranks count different tokens, and
     all draw from a few frequent tokens, so that they ask for the same rows."""
-    rng = np.random.default_rng(step)
-    windows = np.minimum(rng.zipf(1.4, (GLOBAL_BATCH, LENGTH + 1)), VOCAB) - 1
-    starts = [np.sort(rng.choice(np.arange(1, LENGTH + 1), s, replace=False)) for s in range(GLOBAL_BATCH)]
-    return make_batch(list(windows), starts, separate_documents)
+    separate = str(separate_documents).lower()
+    return small_model.global_batch(step, small_run_config(overrides=[f"data.separate_documents={separate}"]))
 
 
 def microbatches(batch: Batch, data_rank: int, data_ranks: int) -> list[Batch]:
@@ -117,25 +85,15 @@ def build_small_run(config: RunConfig, rank: int, world_size: int, *, rough: boo
 
 
 def small_groups(config: RunConfig, rank: int, world_size: int) -> Any:
-    """Process groups on one thread per rank; those of an earlier run of this process are replaced."""
-    from megatron.core import parallel_state
+    """`rank_run.fresh_groups`, imported on the rank."""
+    from engram_megatron.layouts.rank_run import fresh_groups
 
-    from engram_megatron import platform
-    from engram_megatron.training import parallel
-
-    platform.limit_threads(1)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    return parallel.initialize_groups(config, rank, world_size)
+    return fresh_groups(config, rank, world_size)
 
 
 def small_hasher(config: RunConfig) -> Any:
     """The n-gram hasher without compression: the vocabulary here has no texts."""
-    from engram_megatron.hashing.ngram_hasher import NgramHasher
-    from engram_megatron.hashing.vocab_projection import identity_projection
-
-    assert config.engram is not None
-    return NgramHasher.from_config(config.engram, identity_projection(VOCAB), VOCAB)
+    return small_model.hasher_of(config)
 
 
 def numbers(tensor: Any) -> np.ndarray[Any, Any]:

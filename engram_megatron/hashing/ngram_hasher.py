@@ -100,24 +100,36 @@ class NgramHasher:
         tokens = tokens_BT.astype(np.int64, copy=False)
         return np.where(tokens >= 0, lookup[np.maximum(tokens, 0)], tokens)
 
-    def rows(self, tokens_BT: NDArray[np.integer[Any]], document_ids_BT: NDArray[np.int32] | None) -> Int64:
+    def rows(
+        self,
+        tokens_BT: NDArray[np.integer[Any]],
+        document_ids_BT: NDArray[np.int32] | None,
+        layers: Sequence[int] | None = None,
+    ) -> Int64:
         """Row ids in the joined row space of all layers, int64 [L, B, T, H], of raw token ids.
 
+        `layers`: numbers from 0 of the Engram layers to hash for, may be none; without it all of them.
         With `document_ids_BT` (equal neighbours = same document) a window stops at the start of its document:
         everything older counts as the pad id. None looks back to the start of the sequence, as the demo does.
         Raises `UsageError` for an id that the vocabulary does not have.
         """
-        return self._hash(tokens_BT, document_ids_BT, self.row_offsets_LH)
+        chosen = range(len(self.layer_numbers)) if layers is None else layers
+        return self._hash(tokens_BT, document_ids_BT, self.row_offsets_LH, list(chosen))
 
     def hashes(self, tokens_BT: NDArray[np.integer[Any]], document_ids_BT: NDArray[np.int32] | None = None) -> Int64:
         """As `rows`, but numbered within each head: 0..prime - 1."""
-        return self._hash(tokens_BT, document_ids_BT, np.zeros_like(self.row_offsets_LH))
+        within_head = np.zeros_like(self.row_offsets_LH)
+        return self._hash(tokens_BT, document_ids_BT, within_head, list(range(len(self.layer_numbers))))
 
     def _hash(
-        self, tokens_BT: NDArray[np.integer[Any]], document_ids_BT: NDArray[np.int32] | None, offsets_LH: Int64
+        self,
+        tokens_BT: NDArray[np.integer[Any]],
+        document_ids_BT: NDArray[np.int32] | None,
+        offsets_LH: Int64,
+        layers: list[int],
     ) -> Int64:
-        compressed_BT = self.compress(tokens_BT)
-        return ngram_hash(compressed_BT, document_ids_BT, self.multipliers_LN, self.primes_LOJ, offsets_LH, self.pad_id)
+        multipliers, primes, offsets = self.multipliers_LN[layers], self.primes_LOJ[layers], offsets_LH[layers]
+        return ngram_hash(self.compress(tokens_BT), document_ids_BT, multipliers, primes, offsets, self.pad_id)
 
     def identity(self) -> dict[str, Any]:
         """All that decides which row a token window reads, JSON-able; tables are worthless under another identity."""

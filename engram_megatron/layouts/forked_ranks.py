@@ -22,6 +22,14 @@ from pathlib import Path
 from typing import Any
 
 
+class RanksError(AssertionError):
+    """A run on several ranks that did not end as it should. `reason`: one line; the text has the stacks too."""
+
+    def __init__(self, reason: str, details: str) -> None:
+        super().__init__(f"{reason}\n{details}")
+        self.reason = reason
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` ranks with a gloo default group; results by rank.
 
@@ -29,7 +37,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     torch hands those over in memory that ends with the rank.
 
     Raises:
-        AssertionError: a rank raised, died, or did not end in `timeout_s` seconds; all ranks were ended.
+        RanksError: a rank raised, died, or did not end in `timeout_s` seconds; all ranks were ended.
     """
     context = _forkserver()
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,7 +64,7 @@ def _forkserver() -> Any:
 def _collect(processes: list[Any], results: Any, world_size: int, timeout_s: float, scratch: Path) -> dict[int, Any]:
     answers: dict[int, Any] = {}
     deadline = time.monotonic() + timeout_s
-    failure = None
+    failure, details = None, ""
     while len(answers) < world_size and failure is None:
         try:
             rank, error, value = results.get(timeout=0.2)
@@ -68,22 +76,27 @@ def _collect(processes: list[Any], results: Any, world_size: int, timeout_s: flo
                 failure = f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}"
             continue
         if error:
-            failure = f"rank {rank} failed:\n{error}"
+            failure, details = f"rank {rank} failed: {error.strip().splitlines()[-1]}", error
         answers[rank] = value
-    if failure:
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes its stacks
-        time.sleep(0.5)
-        stacks = "".join(f"\n--- {p.name}\n{p.read_text()}" for p in sorted(scratch.iterdir()) if p.stat().st_size)
-        for process in processes:
-            process.kill()
-        raise AssertionError(failure + stacks)
+    if failure is not None:
+        raise RanksError(failure, details + _end_with_stacks(processes, scratch))
     for process in processes:
         process.join(20)
         if process.is_alive():
             process.kill()
     return answers
+
+
+def _end_with_stacks(processes: list[Any], scratch: Path) -> str:
+    """Kill all ranks; what those that were alive were doing."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)  # faulthandler writes its stacks
+    time.sleep(0.5)
+    stacks = "".join(f"\n--- {p.name}\n{p.read_text()}" for p in sorted(scratch.iterdir()) if p.stat().st_size)
+    for process in processes:
+        process.kill()
+    return stacks
 
 
 def _rank_main(

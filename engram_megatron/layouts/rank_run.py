@@ -35,7 +35,7 @@ class SmallRun:
     def __init__(self, config: RunConfig, rank: int, world_size: int) -> None:
         check_layout(config, world_size)
         self.config = config
-        self.ranks = _groups(config, rank, world_size)
+        self.ranks = fresh_groups(config, rank, world_size)
         self.memory = None
         if config.engram is not None:
             self.memory = ConditionalMemory(config, hasher_of(config), self.ranks)
@@ -132,7 +132,7 @@ class _Recorder:
         memory.step = record  # type: ignore[method-assign]
 
 
-def _groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
+def fresh_groups(config: RunConfig, rank: int, world_size: int) -> Ranks:
     """Process groups, on one thread per rank; those of an earlier run of this process are replaced."""
     platform.limit_threads(1)
     if parallel_state.model_parallel_is_initialized():

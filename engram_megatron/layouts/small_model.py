@@ -78,7 +78,7 @@ def global_batch(step: int, config: RunConfig) -> Batch:
     """The sequences of a step: sequence s has s + 1 documents."""
     sequences, length = config.training.global_batch_size, config.data.sequence_length
     rng = np.random.default_rng(step)
-    windows = np.minimum(rng.zipf(1.4, (sequences, length + 1)), VOCAB) - 1
+    windows = np.minimum(rng.zipf(1.4, (sequences, length + 1)), config.model.vocab_size) - 1
     starts = [np.sort(rng.choice(np.arange(1, length + 1), s, replace=False)) for s in range(sequences)]
     return make_batch(list(windows), starts, config.data.separate_documents)
 
@@ -103,4 +103,5 @@ def microbatches(batch: Batch, size: int, data_rank: int, data_ranks: int) -> li
 def hasher_of(config: RunConfig) -> NgramHasher:
     """The n-gram hasher without compression: this vocabulary has no texts."""
     assert config.engram is not None
-    return NgramHasher.from_config(config.engram, identity_projection(VOCAB), VOCAB)
+    vocab_size = config.model.vocab_size
+    return NgramHasher.from_config(config.engram, identity_projection(vocab_size), vocab_size)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.layouts.forked_ranks import run_ranks
+from engram_megatron.layouts.compare import DisagreementError
+from engram_megatron.layouts.forked_ranks import RanksError, run_ranks
 from engram_megatron.layouts.judge import Outcome, judge
 from engram_megatron.layouts.matrix import Layout, Variation
 from engram_megatron.layouts.records import RankCell, Reference, StepChoices
@@ -27,7 +28,7 @@ class Line:
     text: str
     passes: bool
     float32_share: float = 0.0  # of its bound
-    failure: str = ""  # of a run that did not end: tracebacks and stacks of the ranks
+    details: str = ""  # of a run that did not end: traceback and stacks of the ranks
 
 
 def lines(matrix: Sequence[Cell]) -> Iterator[Line]:
@@ -44,10 +45,10 @@ def lines(matrix: Sequence[Cell]) -> Iterator[Line]:
             )
             outcome = judge(layout, variation, cells, references[key])
             line = _line(outcome, time.monotonic() - started)
-        except AssertionError as error:  # DisagreementError among them
-            first, *rest = (str(error) or repr(error)).splitlines()
-            reason = next((text for text in rest if text and not text.startswith(" ") and "Error" in text), first)
-            line = Line(f"{layout.name:32} {variation.name:35} FAIL: {reason}", passes=False, failure=str(error))
+        except DisagreementError as error:
+            line = _failed(layout, variation, str(error))
+        except RanksError as error:
+            line = _failed(layout, variation, error.reason, str(error))
         yield line
 
 
@@ -74,6 +75,10 @@ def _reference(layout: Layout, variation: Variation) -> Reference:
     (reference,) = run_ranks(run_reference, 1, alone, plain, timeout_s=TIMEOUT_S)
     assert isinstance(reference, Reference)
     return reference
+
+
+def _failed(layout: Layout, variation: Variation, reason: str, details: str = "") -> Line:
+    return Line(f"{layout.name:32} {variation.name:35} FAIL: {reason}", passes=False, details=details)
 
 
 def _line(outcome: Outcome, seconds: float) -> Line:

@@ -71,9 +71,8 @@ class PredictionLayer(MegatronModule):
         """
         joined = torch.cat([self.hidden_layernorm(hidden_TBC), self.embedding_layernorm(embedded_TBC)], dim=-1)
         projected, _ = self.projection(joined)
-        if (
-            self.config.sequence_parallel
-        ):  # whole sequence, a share of the width -> a share of the sequence, whole width
+        if self.config.sequence_parallel:
+            # From the whole sequence and a share of the width to a share of the sequence and the whole width
             projected = scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(projected))
         if self.config.recompute_granularity == "full" and self.training:
             output = run_again_with_router(self._transform, projected, document_ids_BT)

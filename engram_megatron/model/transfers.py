@@ -16,7 +16,8 @@ Group = Literal[
     "tables",  # all ranks of the job, between their host memories
     "control",  # several groups: numbers of a few bytes
 ]
-Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
+# "broadcast" is planned nowhere: who counts what is sent would find one
+Collective = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "send"]
 ID_BYTES = 8
 
 

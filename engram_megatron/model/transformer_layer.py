@@ -55,9 +55,7 @@ class EngramSubmodules(TransformerLayerSubmodules):
     mhc: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     engram: EngramConfig | None = None
     memory_layers: tuple[int, ...] = ()  # numbers of this chunk's Engram layers, in the order of `context`
-    recompute: frozenset[str] = (
-        frozenset()
-    )  # of `training.recompute_modules`; core attention alone is megatron-core's part
+    recompute: frozenset[str] = frozenset()  # `training.recomputed_modules`; core attention alone is megatron-core's
 
 
 class EngramTransformerLayer(TransformerLayer):

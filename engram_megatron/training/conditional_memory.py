@@ -67,11 +67,8 @@ class ConditionalMemory:
 
     def _row_ids(self, batch: Batch) -> NDArray[np.int64]:
         """Row ids int64 [L, B, S, H]."""
-        if not any(self.chunks):
-            positions = len(self.ranks.memory_positions(batch.tokens.shape[1]))
-            return np.empty((0, len(batch.tokens), positions, self.engram.num_heads), np.int64)
-        rows_LBTH = self.hasher.rows(batch.tokens, batch.document_ids if self.engram.cut_at_documents else None)
-        rows_LBTH = rows_LBTH[[layer for layers in self.chunks for layer in layers]]
+        documents = batch.document_ids if self.engram.cut_at_documents else None
+        rows_LBTH = self.hasher.rows(batch.tokens, documents, [layer for layers in self.chunks for layer in layers])
         return rows_LBTH[:, :, self.ranks.memory_positions(rows_LBTH.shape[2])]
 
     def of_microbatch(self, rows: UniqueRows, index: int, chunk: int = 0) -> torch.Tensor | None:

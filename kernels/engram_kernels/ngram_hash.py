@@ -48,7 +48,7 @@ def ngram_hash(
         1.0 / primes_LOJ,
         row_offsets_LH,
         pad_id,
-        int(primes_LOJ.min()) >= SMALLEST_RECIPROCAL_PRIME,
+        bool((primes_LOJ >= SMALLEST_RECIPROCAL_PRIME).all()),
         rows_LBTH,
     )
     return rows_LBTH

@@ -24,20 +24,6 @@ def _build(dtype: str, tensor: int, expert: int) -> tuple[Any, Any]:
     return model, build_backbone_optimizer([model], config)
 
 
-def _steps(model: Any, optimizer: Any, first: int, last: int) -> list[tuple[float, float]]:
-    """(loss, squared gradient norm) of steps first..last-1."""
-    from small_gpt import accumulate_gradients
-
-    numbers = []
-    for step in range(first, last):
-        optimizer.zero_grad()
-        loss = accumulate_gradients(model, step)
-        optimizer.prepare_gradients()
-        numbers.append((loss, optimizer.gradient_norm_squared()))
-        optimizer.step(LR, 0.5)
-    return numbers
-
-
 def _everything(model: Any, optimizer: Any) -> dict[str, np.ndarray[Any, Any]]:
     """All weights, buffers and optimizer state of this rank, in full precision."""
     tensors = {f"model.{name}": tensor for name, tensor in model.module.state_dict().items() if tensor is not None}
@@ -47,20 +33,24 @@ def _everything(model: Any, optimizer: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _train_and_save(rank: int, world_size: int, folder: Path, dtype: str, tensor: int, expert: int) -> Any:
+    from small_gpt import train_steps
+
     from engram_checkpoints.backbone import save_backbone
 
     model, optimizer = _build(dtype, tensor, expert)
-    _steps(model, optimizer, 0, 2)
+    train_steps(model, optimizer, 0, 2, LR)
     save_backbone(folder, [model], optimizer)
-    return _steps(model, optimizer, 2, 4), _everything(model, optimizer)
+    return train_steps(model, optimizer, 2, 4, LR), _everything(model, optimizer)
 
 
 def _load_and_train(rank: int, world_size: int, folder: Path, dtype: str, tensor: int, expert: int) -> Any:
+    from small_gpt import train_steps
+
     from engram_checkpoints.backbone import load_backbone
 
     model, optimizer = _build(dtype, tensor, expert)
     load_backbone(folder, [model], optimizer)
-    return _steps(model, optimizer, 2, 4), _everything(model, optimizer)
+    return train_steps(model, optimizer, 2, 4, LR), _everything(model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +82,12 @@ def test_other_layout_goes_on_from_the_same_state(tmp_path: Path) -> None:
 
 
 def _load_weights_alone(rank: int, world_size: int, folder: Path) -> Any:
+    from small_gpt import train_steps
+
     from engram_checkpoints.backbone import load_backbone_weights, save_backbone
 
     model, optimizer = _build("bfloat16", 1, 1)
-    _steps(model, optimizer, 0, 2)
+    train_steps(model, optimizer, 0, 2, LR)
     save_backbone(folder, [model], optimizer)
     fresh, fresh_optimizer = _build("bfloat16", 1, 1)
     load_backbone_weights(folder, [fresh], fresh_optimizer)

@@ -34,20 +34,6 @@ def _build(layout: Layout, dtype: str) -> tuple[Any, Any]:
     return model, build_backbone_optimizer([model], config)
 
 
-def _steps(model: Any, optimizer: Any, first: int, last: int) -> list[tuple[float, float]]:
-    """(loss, squared gradient norm) of steps first..last-1."""
-    from small_gpt import accumulate_gradients
-
-    numbers = []
-    for step in range(first, last):
-        optimizer.zero_grad()
-        loss = accumulate_gradients(model, step)
-        optimizer.prepare_gradients()
-        numbers.append((loss, optimizer.gradient_norm_squared()))
-        optimizer.step(LR, 0.5)
-    return numbers
-
-
 def _everything(model: Any, optimizer: Any) -> dict[str, np.ndarray[Any, Any]]:
     """All weights and optimizer state of this rank, in full precision."""
     tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
@@ -58,12 +44,14 @@ def _everything(model: Any, optimizer: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 def _train_and_save(rank: int, world_size: int, folder: Path, layout: Layout, dtype: str, more_steps: int) -> Any:
     """Two steps, save, then `more_steps`."""
+    from small_gpt import train_steps
+
     from engram_checkpoints.backbone import save_backbone
 
     model, optimizer = _build(layout, dtype)
-    _steps(model, optimizer, 0, 2)
+    train_steps(model, optimizer, 0, 2, LR)
     save_backbone(folder / "backbone", [model], optimizer)
-    return _steps(model, optimizer, 2, 2 + more_steps), _everything(model, optimizer)
+    return train_steps(model, optimizer, 2, 2 + more_steps, LR), _everything(model, optimizer)
 
 
 def _load_and_save(rank: int, world_size: int, folder: Path, copies: list[tuple[Layout, Path]], dtype: str) -> None:
@@ -77,11 +65,13 @@ def _load_and_save(rank: int, world_size: int, folder: Path, copies: list[tuple[
 
 
 def _load_and_train(rank: int, world_size: int, folder: Path, layout: Layout, dtype: str) -> Any:
+    from small_gpt import train_steps
+
     from engram_checkpoints.backbone import load_backbone
 
     model, optimizer = _build(layout, dtype)
     load_backbone(folder / "backbone", [model], optimizer)
-    return _steps(model, optimizer, 2, 4), _everything(model, optimizer)
+    return train_steps(model, optimizer, 2, 4, LR), _everything(model, optimizer)
 
 
 LAYOUTS = [

@@ -177,3 +177,12 @@ def test_identity_names_a_field_that_one_side_lacks() -> None:
     saved = HASHER.identity()
     del saved["pad_id"]
     assert identity_difference(saved, HASHER.identity()) == "hash pad_id is only in the current identity"
+
+
+def test_layers_alone_have_the_rows_that_they_have_among_all() -> None:
+    tokens = np.random.default_rng(5).integers(0, VOCAB, size=(2, 12))
+    whole = HASHER.rows(tokens, None)
+    for layers in ([0], [1], [1, 0], []):
+        found = HASHER.rows(tokens, None, layers)
+        assert found.shape == (len(layers), *whole.shape[1:])
+        np.testing.assert_array_equal(found, whole[layers])

@@ -68,4 +68,4 @@ def test_layout_that_cannot_train_is_a_line_with_its_rule() -> None:
     (line,) = lines([(Layout(2, tensor=2, expert=3), VARIATION)])
     assert not line.passes
     assert "is not divisible by expert = 3" in line.text
-    assert "Traceback" in line.failure
+    assert "Traceback" in line.details

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from dense_run import dense_run, largest_difference, relative_difference, whole_table
-from layout_run import train
+from layout_run import FLOAT64, check_steps, train
 from ranks import run_ranks
 from small_run import LENGTH, global_batch, small_run_config
 
@@ -19,8 +19,6 @@ from engram_megatron.layouts.compare import live, whole_tensors
 from engram_megatron.model.sequence_partition import SequencePartition
 
 STEPS = 5
-# See test_against_dense_model for what enlarges float64's 1e-16 to less than this.
-FLOAT64 = 1e-9
 
 
 class Layout(NamedTuple):
@@ -105,17 +103,7 @@ def _dense() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_loss_norm_and_every_gradient_equal_those_of_one_rank(layout: Layout) -> None:
-    ranks = [rank["steps"] for rank in _run(layout)]
-    for step, expected in enumerate(_dense()[layout.variant]["steps"]):
-        of_ranks = [steps[step] for steps in ranks]
-        for one in of_ranks:
-            assert one["result"].loss == pytest.approx(expected["loss"], rel=FLOAT64)
-            assert one["result"].gradient_norm == pytest.approx(expected["norm"], rel=FLOAT64)
-            assert one["result"].num_tokens == expected["num_tokens"]
-        gradient = whole_tensors([one["gradient"] for one in of_ranks])
-        assert largest_difference(live(gradient), live(expected["gradient"])) < FLOAT64
-        table = whole_table([one["rows"] for one in of_ranks], expected["table_gradient"], 0.0)
-        assert relative_difference(table, expected["table_gradient"]) < FLOAT64
+    check_steps(_run(layout), _dense()[layout.variant])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
