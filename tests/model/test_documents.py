@@ -44,7 +44,7 @@ def _token_losses(rank: int, world_size: int, layout: Layout) -> dict[tuple[str,
     def losses(batch: Batch, separate: bool, cut: bool) -> Any:
         length = batch.tokens.shape[1]
         ids = run.memory.hasher.rows(batch.tokens, batch.document_ids if cut else None)
-        rows = run.memory.lookup.start(ids[None, :, :, run.ranks.memory_positions(length)]).wait()
+        rows = run.memory.lookup.read(ids[None, :, :, run.ranks.memory_positions(length)])
         memory_LTBE = run.memory.of_microbatch(rows, 0)
         positions = run.ranks.token_positions(length)
         m = make_microbatch(
