@@ -95,7 +95,7 @@ class RowLookup:
         plan = make_plan(ids, self.layout)
         requests = self._exchange_requests(plan)
         owned_RD = torch.from_numpy(self.shard.read(requests.local_rows))
-        values_UD = self.transport.exchange(owned_RD, requests.counts, plan.owner_counts)
+        values_UD = self.transport.exchange(owned_RD, requests.counts, plan.owner_counts, what="rows")
         return PendingRows(UniqueRows(plan, requests, values_UD, self._count(plan, requests)))
 
     def return_gradients(self, rows: UniqueRows) -> RowGradients:
@@ -105,12 +105,16 @@ class RowLookup:
         to run. Every row that was asked for is there, with zeros where no loss depended on it.
         """
         gradient_UD = rows.values.grad if rows.values.grad is not None else torch.zeros_like(rows.values)
-        received_RD = self.transport.exchange(gradient_UD.cpu(), rows.plan.owner_counts, rows.requests.counts)
+        received_RD = self.transport.exchange(
+            gradient_UD.cpu(), rows.plan.owner_counts, rows.requests.counts, what="gradients"
+        )
         return RowGradients(*sum_by_row(rows.requests.local_rows, received_RD.numpy()))
 
     def _exchange_requests(self, plan: GatherPlan) -> Requests:
         counts = self.transport.exchange_counts(plan.owner_counts)
-        asked = self.transport.exchange(torch.from_numpy(plan.unique_rows), plan.owner_counts, counts).numpy()
+        asked = self.transport.exchange(
+            torch.from_numpy(plan.unique_rows), plan.owner_counts, counts, what="row ids"
+        ).numpy()
         self._check_requests(asked, counts)
         return Requests(self.layout.local_index(asked), counts)
 

@@ -100,7 +100,12 @@ class _FlipsOneBit(LoopbackTransport):
         self.bit = bit
 
     def exchange(
-        self, rows: torch.Tensor, send_counts: NDArray[np.int64], receive_counts: NDArray[np.int64]
+        self,
+        rows: torch.Tensor,
+        send_counts: NDArray[np.int64],
+        receive_counts: NDArray[np.int64],
+        *,
+        what: str = "rows",
     ) -> torch.Tensor:
         received = rows.clone()
         if rows.dtype == torch.int64:
