@@ -25,6 +25,8 @@ class TablesConfig:
     huge_pages: Literal["none", "transparent", "reserved"] = free("transparent")
     # Ranks that open each other's rows in shared memory; 0: those that run on one host
     ranks_per_node: int = free(0)
+    # Between nodes. mpi: mpi4py, under mpirun or srun. nccl: through the GPUs
+    transport: Literal["gloo", "mpi", "nccl"] = free("gloo")
     # dense: Adam as on one dense weight, in which rows move on after their gradient. touched: only rows with a gradient
     update: Literal["dense", "touched"] = "dense"
     # A step's rows come in this many waves: microbatches 0, 1, ... one by one, all others in the last

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from engram_megatron.gather.topology import Topology
-from engram_megatron.gather.transport import GlooTransport, LoopbackTransport, Transport
+from engram_megatron.gather.transport import LoopbackTransport, Transport, TransportKind, group_transport
 from engram_megatron.tables.table_shard import TableShard
 
 
@@ -31,26 +31,24 @@ class NodeGroups:
             dist.barrier(group=self.node_group)
 
 
-def make_groups(topology: Topology, timeout_s: float) -> NodeGroups:
-    """Collective over all ranks. An exchange that takes longer than `timeout_s` raises."""
-    node_group = _own_group(topology.node_groups(), topology.rank, timeout_s)
-    rail_group = _own_group(topology.rail_groups(), topology.rank, timeout_s)
+def make_groups(topology: Topology, timeout_s: float, kind: TransportKind = "gloo") -> NodeGroups:
+    """Collective over all ranks; `kind` is that between nodes. An exchange that takes longer than `timeout_s` raises.
+
+    Raises:
+        UsageError: this kind cannot work here, on every rank alike.
+    """
+    if topology.num_nodes * topology.ranks_per_node == 1:
+        return NodeGroups(topology, LoopbackTransport(), LoopbackTransport(), None)
+    node_group = None
+    for ranks in topology.node_groups():  # torch wants every rank to make every group
+        group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
+        node_group = group if topology.rank in ranks and len(ranks) > 1 else node_group
     return NodeGroups(
         topology,
-        LoopbackTransport() if node_group is None else GlooTransport(node_group),
-        LoopbackTransport() if rail_group is None else GlooTransport(rail_group),
+        group_transport("gloo", topology.node_groups(), timeout_s),
+        group_transport(kind, topology.rail_groups(), timeout_s),
         node_group,
     )
-
-
-def _own_group(groups: list[list[int]], rank: int, timeout_s: float) -> dist.ProcessGroup | None:
-    """The group of this rank; None for a rank alone. All ranks make all groups, in one order."""
-    own = None
-    for ranks in groups:
-        if len(ranks) > 1:
-            group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=timeout_s))
-            own = group if rank in ranks else own
-    return own
 
 
 def open_node_shards(shard: TableShard, topology: Topology, group: dist.ProcessGroup | None = None) -> list[TableShard]:

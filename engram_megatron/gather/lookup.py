@@ -27,7 +27,7 @@ from engram_megatron.gather.groups import NodeGroups
 from engram_megatron.gather.plan import GatherPlan, Int64, NodeRequests, Route, make_plan, merge_requests
 from engram_megatron.gather.shared_buffer import SharedBuffers
 from engram_megatron.gather.statistics import GatherStatistics
-from engram_megatron.gather.transport import TransportError
+from engram_megatron.gather.transport import Transport, TransportError
 from engram_megatron.gather.unique_rows import UniqueRows
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.row_layout import RowLayout

@@ -108,7 +108,7 @@ class ConditionalMemory:
         self.adam = RowAdam(self.shard, catch_up, touched_only=self.tables.update == "touched")
         # All ranks of a host have judged the same free memory when this returns.
         self.shards = open_node_shards(self.shard, topology, ranks.host_group)
-        groups = make_groups(topology, timeout_s=config.parallel.collective_timeout_s)
+        groups = make_groups(topology, config.parallel.collective_timeout_s, self.tables.transport)
         self.num_waves = min(self.tables.waves, config.training.num_microbatches(ranks.data_ranks))
         self.lookup = RowLookup(self.shards, self.adam.read_as_of, groups, self.num_waves)
         self.learning_rate_multiplier = optimizer.table_learning_rate_multiplier

@@ -154,3 +154,21 @@ def ngram_hash(
             rows.append(mix_BT[..., None] % primes_LOJ[layer, n - 1])
     rows_LBTH = np.stack([np.concatenate(rows[i * (N - 1) : (i + 1) * (N - 1)], axis=-1) for i in range(L)])
     return rows_LBTH + row_offsets_LH[:, None, None, :]
+
+
+def piece_checksum(data: bytes, seed: int) -> int:
+    """The checksum of one piece of a message (`checksum.py`), 64 bits; mix is splitmix64's finalizer.
+
+    mix(sum over i of mix(word_i XOR (seed + i * golden)) + mix(seed + length)), all modulo 2^64. Words are 8 bytes,
+    little-endian, the last one filled up with zeros; the length is in bytes.
+    """
+    mask, golden = 2**64 - 1, 0x9E3779B97F4A7C15
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    words = [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)]
+    total = sum(mix(word ^ (seed + i * golden & mask)) for i, word in enumerate(words))
+    return mix((total + mix((seed + len(data)) & mask)) & mask)

@@ -1,54 +1,110 @@
-"""Every transport must deliver the same pieces in the order of ranks."""
+"""Every transport must deliver the same pieces in the order of ranks. Those over MPI: test_mpi_transport.py."""
+
+import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from exchange_cases import check_deliveries
 from ranks import run_ranks
 
-from engram_megatron.gather.transport import GlooTransport, LoopbackTransport, all_ranks_transport
+from engram_megatron.errors import UsageError
+from engram_megatron.gather.transport import (
+    CheckedTransport,
+    DeviceTransport,
+    GlooTransport,
+    LoopbackTransport,
+    Transport,
+    all_ranks_transport,
+    group_transport,
+)
 
-Exchanged = tuple[str, bool, list[int], list[list[float]], list[int]]
+NODES_OF_TWO = [[0, 1], [2, 3]]
+SAME_NUMBERED = [[0, 2], [1, 3]]
+UNEVEN = [[3], [0, 1, 2]]
 
 
-def _count(source: int, destination: int) -> int:
-    """Rows from one rank to another: many zeros among them, rank 1 sends nothing, rank 2 receives nothing."""
-    return 0 if source == 1 or destination == 2 else (source + 2 * destination) % 3
-
-
-def _exchange(rank: int, world_size: int) -> Exchanged:
+def _deliver_through_all(rank: int, world_size: int) -> list[str]:
     transport = all_ranks_transport(timeout_s=60)
-    counts = np.array([_count(rank, r) for r in range(world_size)], np.int64)
-    from_ranks = transport.exchange_counts(counts)
-    sent = [[rank, r, i] for r in range(world_size) for i in range(_count(rank, r))]
-    rows = torch.tensor(sent, dtype=torch.float64).reshape(-1, 3)
-    received = transport.exchange(rows, counts, from_ranks)
-    ids = transport.exchange(rows[:, 2].to(torch.int64), counts, from_ranks)
-    is_own = not isinstance(transport, GlooTransport) or transport.group is not dist.group.WORLD
-    return type(transport).__name__, is_own, from_ranks.tolist(), received.tolist(), ids.tolist()
+    check_deliveries(transport)
+    is_own = not isinstance(transport, CheckedTransport) or (
+        isinstance(transport.inner, GlooTransport) and transport.inner.group is not dist.group.WORLD
+    )
+    assert is_own, "the exchange shares the default group with the backbone"
+    return [str(member) for member in transport.members] if isinstance(transport, CheckedTransport) else []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_pieces_arrive_in_the_order_of_ranks_also_where_a_rank_sends_or_gets_nothing(world_size: int) -> None:
-    answers = run_ranks(_exchange, world_size)
-    for rank, (name, is_own, counts, rows, ids) in enumerate(answers):
-        assert name == ("LoopbackTransport" if world_size == 1 else "GlooTransport")
-        assert is_own, "the exchange shares the default group with the backbone"
-        assert counts == [_count(r, rank) for r in range(world_size)]
-        assert rows == [[r, rank, i] for r in range(world_size) for i in range(_count(r, rank))]
-        assert ids == [int(row[2]) for row in rows]
+def test_all_ranks_by_gloo(world_size: int) -> None:
+    for members in run_ranks(_deliver_through_all, world_size):
+        assert len(members) == (0 if world_size == 1 else world_size)
+        assert all(member.startswith(f"rank {rank} (") for rank, member in enumerate(members))
 
 
-def _exchange_nothing(rank: int, world_size: int) -> list[int]:
-    nothing = np.zeros(world_size, np.int64)
-    return list(all_ranks_transport(60).exchange(torch.empty(0, 5), nothing, nothing).shape)
+def _deliver_through_groups(rank: int, world_size: int) -> list[tuple[int, int, list[int]]]:
+    seen = []
+    for groups in (NODES_OF_TWO, SAME_NUMBERED, UNEVEN):
+        transport = group_transport("gloo", groups, timeout_s=60)
+        check_deliveries(transport)
+        members = [m.rank for m in transport.members] if isinstance(transport, CheckedTransport) else []
+        seen.append((transport.rank, transport.size, members))
+    return seen
 
 
-def test_exchange_in_which_no_rank_sends_anything() -> None:
-    assert run_ranks(_exchange_nothing, 2) == [[0, 5]] * 2
+def test_ranks_of_a_node_and_same_numbered_ranks_by_gloo() -> None:
+    answers = run_ranks(_deliver_through_groups, 4)
+    assert answers[0] == [(0, 2, [0, 1]), (0, 2, [0, 2]), (0, 3, [0, 1, 2])]
+    assert answers[1] == [(1, 2, [0, 1]), (0, 2, [1, 3]), (1, 3, [0, 1, 2])]
+    assert answers[2] == [(0, 2, [2, 3]), (1, 2, [0, 2]), (2, 3, [0, 1, 2])]
+    assert answers[3] == [(1, 2, [2, 3]), (1, 2, [1, 3]), (0, 1, [])]
+
+
+def _deliver_through_device(rank: int, world_size: int) -> None:
+    check_deliveries(DeviceTransport(dist.new_group(backend="gloo"), torch.device("cpu")))
+
+
+def test_device_transport_on_the_cpu() -> None:
+    run_ranks(_deliver_through_device, 3)
+
+
+def _deliver_from_a_thread(rank: int, world_size: int) -> None:
+    failures: list[BaseException] = []
+
+    def run(transport: Transport) -> None:
+        try:
+            check_deliveries(transport)
+        except BaseException as error:
+            failures.append(error)
+
+    transports = [all_ranks_transport(timeout_s=60) for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(transport,)) for transport in transports]
+    for thread in threads:
+        thread.start()
+    dist.all_reduce(torch.ones(3))  # the backbone's collectives go on meanwhile
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def test_transports_in_threads_beside_collectives_of_the_main_thread() -> None:
+    run_ranks(_deliver_from_a_thread, 2)
 
 
 def test_single_process_without_a_process_group_gets_the_loopback() -> None:
     transport = all_ranks_transport(timeout_s=60)
     assert isinstance(transport, LoopbackTransport)
+    check_deliveries(transport)
     assert transport.exchange_counts(np.array([3])).tolist() == [3]
+
+
+def _ask_for(rank: int, world_size: int, kind: str) -> str:
+    with pytest.raises(UsageError) as refusal:
+        all_ranks_transport(timeout_s=60, kind=kind)  # type: ignore[arg-type]
+    return str(refusal.value)
+
+
+def test_nccl_without_a_gpu_is_refused_on_every_rank() -> None:
+    for message in run_ranks(_ask_for, 2, "nccl"):
+        assert message.startswith("rank 0: the NCCL transport needs a GPU on every rank")
+        assert "\n" not in message

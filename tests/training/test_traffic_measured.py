@@ -86,7 +86,7 @@ def _group_names(run: Any) -> dict[str, str]:
         "expert data": state.get_expert_data_parallel_group(),
         "data": state.get_data_parallel_group(with_context_parallel=True),
         "embedding": state.get_embedding_group(),
-        "tables": run.memory.lookup.groups.rail.group,
+        "tables": run.memory.lookup.groups.rail.inner.group,
     }
     names = {group.group_name: name for name, group in groups.items()}
     if run.config.parallel.context == 1:  # the same ranks, by another communicator
