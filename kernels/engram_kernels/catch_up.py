@@ -13,9 +13,9 @@ one that comes back after two.
 
 eps. The closed form divides by sqrt(v) + eps in place of sqrt(v_j) / sqrt(1 - beta2^j) + eps. The relative error of the
 movement is below eps / sqrt(v) * sum (beta1/beta2)^k / sum r^k, 1.5 eps / sqrt(v) for betas (0.9, 0.95), where
-sqrt(v) is at least 0.2 of the last gradient. An eps of 1e-20 counts for nothing; with LARGEST_CLOSED_EPS and gradients of
-1e-10 the error is 7e-5 of a movement. For a larger eps the kernels step the row through the missed steps, at most W of
-them, as dense Adam does: exact, and slow for rows that were left alone for long.
+sqrt(v) is at least 0.2 of the last gradient. An eps of 1e-20 counts for nothing; with LARGEST_CLOSED_EPS and gradients
+of 1e-10 the error is 7e-5 of a movement. For a larger eps the kernels step the row through the missed steps, at most W
+of them, as dense Adam does: exact, and slow for rows that were left alone for long.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class CatchUp:
         self._ratio = beta1 / math.sqrt(beta2)
         self.window = steps_until_negligible(self._ratio)
         self._ratio_powers = np.power(self._ratio, np.arange(1 if self.window is None else self.window + 1))
+        self._sums = np.zeros(1)
+        self._learning_rates = np.zeros(1)
         self._grow(1024)
 
     @classmethod
@@ -108,11 +110,9 @@ class CatchUp:
     def _grow(self, size: int) -> None:
         """Make room for `size` steps from 0 on."""
         steps = np.arange(size)
-        used = self.step + 1
-        sums, learning_rates = np.zeros(size), np.zeros(size)
-        if self.step > 0:
-            sums[:used], learning_rates[:used] = self._sums[:used], self._learning_rates[:used]
-        self._sums, self._learning_rates = sums, learning_rates
+        unused = np.zeros(size - self.step - 1)
+        self._sums = np.concatenate([self.sums, unused])
+        self._learning_rates = np.concatenate([self.learning_rates, unused])
         self._powers1, self._powers2 = np.power(self.beta1, steps), np.power(self.beta2, steps)
         if self.window is None:
             self._ratio_powers = np.power(self._ratio, steps)

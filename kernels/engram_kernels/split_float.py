@@ -29,7 +29,8 @@ def split(values: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.i
 
 def join(bfloat16_bits: NDArray[np.uint16], remainders: NDArray[np.int16]) -> NDArray[np.float32]:
     """The float32 that `split` took apart, bit for bit."""
-    assert (bfloat16_bits.dtype, remainders.dtype) == (np.uint16, np.int16), (bfloat16_bits.dtype, remainders.dtype)
+    assert bfloat16_bits.dtype == np.uint16, bfloat16_bits.dtype
+    assert remainders.dtype == np.int16, remainders.dtype
     high = bfloat16_bits.astype(np.uint32) << np.uint32(16)
     return (high + remainders.astype(np.int32).view(np.uint32)).view(np.float32)
 
