@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engram_kernels.segment_sum import sum_by_row
 from engram_megatron import platform
 from engram_megatron.gather.plan import GatherPlan, make_plan
-from engram_megatron.gather.segment_sum import sum_by_row
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.gather.transport import Transport, TransportError
 from engram_megatron.tables.row_gradients import RowGradients

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from ranks import run_ranks
 
+from engram_kernels.segment_sum import sum_by_row
 from engram_megatron.gather.lookup import RowLookup, UniqueRows
-from engram_megatron.gather.segment_sum import sum_by_row
 from engram_megatron.gather.transport import LoopbackTransport, TransportError, all_ranks_transport
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.tables.table_shard import TableShard
