@@ -61,7 +61,7 @@ def group_rows(ids: Int64) -> RowGroups:
 
 
 def _num_chunks(num_ids: int) -> int:
-    return max(1, min(numba.get_num_threads(), num_ids // _IDS_PER_CHUNK))
+    return max(1, min(int(numba.get_num_threads()), num_ids // _IDS_PER_CHUNK))
 
 
 def _pick(num_ids: int, on_one_thread: Any, on_threads: Any) -> Any:

@@ -35,6 +35,15 @@ def test_sums_run_in_order_of_appearance(dtype: str, size: int, dim: int) -> Non
     assert sums.dtype == np.dtype(dtype)
 
 
+def test_sum_by_row_adds_in_the_order_of_the_input() -> None:
+    # In any other order of the three rows of key 4, 1 is lost beside 1e8 or is not.
+    keys = np.array([4, 2, 4, 9, 4])
+    values = np.array([[1e8], [5.0], [-1e8], [7.0], [1.0]], np.float32)
+    rows, sums = sum_by_row(keys, values)
+    assert rows.tolist() == [2, 4, 9]
+    assert sums[:, 0].tolist() == [5.0, 1.0, 7.0]
+
+
 def test_pieces_are_one_array_that_was_never_put_together() -> None:
     keys, values = _example("float32", 1000)
     pieces = [values[:10], values[10:10], values[10:700:1], values[700:]]
