@@ -13,7 +13,7 @@ NPROC ?= 2
 RUN_DIR ?= $(shell n=1; d=$(RUNS)/engram_tiny; while [ -e $$d ]; do n=$$((n + 1)); d=$(RUNS)/engram_tiny_$$n; done; echo $$d)
 LAST_RUN = $(or $(shell ls -dt $(RUNS)/engram_tiny* 2>/dev/null | head -n 1),$(RUNS)/engram_tiny)
 
-.PHONY: pretrain resume test test-all lint layouts corpus conformance compare clean
+.PHONY: pretrain resume test test-all lint layouts corpus conformance compare bench-tables clean
 
 pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks
 	$(PY) launch/train.py engram_tiny --nproc-per-node $(NPROC) \
@@ -40,6 +40,9 @@ lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
 
 compare: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## engram_tiny against its MoE twin of equal parameters, 3 seeds
 	$(PY) launch/compare_budget.py --corpus $(TINY_CORPUS) --nproc-per-node $(NPROC) --out $(RUNS)/compare $(ARGS)
+
+bench-tables: $(VENV)/.installed  ## the kernels on table rows against torch, C and the bare traffic, 10 GiB of memory
+	$(PY) launch/bench_tables.py $(ARGS)
 
 conformance: $(VENV)/.installed  ## our code against vectors of DeepSeek's demo
 	$(PY) launch/conformance.py tests/golden

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
-from engram_kernels.segment_sum import sum_by_row
+from engram_kernels.segment_sum import sum_pieces
 from engram_megatron.gather.groups import NodeGroups
 from engram_megatron.gather.plan import GatherPlan, Int64, NodeRequests, Route, make_plan, merge_requests
 from engram_megatron.gather.shared_buffer import SharedBuffers
@@ -76,9 +76,7 @@ class RowLookup:
         counts_NW[self.topology.node] = 0  # nothing is sent to oneself
         asked_NW = _tell(self.groups.rail, counts_NW)
         ids_out = torch.from_numpy(self._of_other_nodes(requests.rows, requests))
-        asked = self.groups.rail.exchange(
-            ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids"
-        ).numpy()
+        asked = self.groups.rail.exchange(ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids").numpy()
         self._check_requests(asked, asked_NW.sum(axis=1))
         arrivals = self._arrivals(plan, requests)
         self._received.reserve(int(counts_NW.sum()))
@@ -117,8 +115,8 @@ class RowLookup:
         own = route.requests.of_node(self.topology.node)
         before = int(route.asked_NW[: self.topology.node].sum())
         keys = np.concatenate([route.asked[:before], route.requests.rows[own], route.asked[before:]])
-        values = np.concatenate([received_RD[:before], summed_MD[own], received_RD[before:]])
-        return RowGradients(*sum_by_row(self.layout.local_index(keys), values))
+        values = [received_RD[:before], summed_MD[own], received_RD[before:]]
+        return RowGradients.summed(self.layout.local_index(keys), values)
 
     def statistics(self, rows: UniqueRows) -> GatherStatistics:
         """What the gather of `rows`, with the return of their gradients, moves on this rank."""
@@ -187,7 +185,7 @@ class RowLookup:
         for rail, places in enumerate(requests.places):
             start = int(rows.route.starts[rail])
             pieces.append(self._gradients.rows(rail, start + places.size)[start:])
-        summed_MD = sum_by_row(np.concatenate(requests.places), np.concatenate(pieces))[1]
+        summed_MD = sum_pieces(np.concatenate(requests.places), pieces).sums
         self.groups.node_barrier()  # all have read: buffers may change
         return summed_MD
 

@@ -6,11 +6,6 @@ with a gradient cost: `engram_kernels.catch_up` says how the others get what the
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numba import njit, prange
-
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.row_adam import update_rows
 from engram_megatron.tables.row_gradients import RowGradients
@@ -48,19 +43,3 @@ class RowAdam:
             touched_only=self.touched_only,
         )
         self.catch_up.advance(lr)
-
-    def gradient_norm_squared(self, row_gradients: RowGradients) -> float:
-        """Sum of squares of the unscaled gradients of this shard, in float64 and in a fixed order."""
-        per_row = np.empty(row_gradients.local_rows.size, np.float64)
-        _squared_norms(row_gradients.gradients, per_row)
-        return float(per_row.sum())
-
-
-@njit(cache=True, parallel=True, nogil=True)
-def _squared_norms(gradients: Any, per_row: Any) -> None:
-    for row in prange(per_row.size):
-        total = 0.0
-        for column in range(gradients.shape[1]):
-            value = np.float64(gradients[row, column])
-            total += value * value
-        per_row[row] = total

@@ -156,10 +156,6 @@ class ConditionalMemory:
         platform.synchronize()  # the backward's additions
         return self.worker.submit(lambda: self.lookup.return_gradients(unique)).result()
 
-    def gradient_norm_squared(self, gradients: RowGradients) -> float:
-        """Of this rank's own rows: summed over all ranks, every table gradient counts once."""
-        return self.adam.gradient_norm_squared(gradients)
-
     def step(self, gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
         """Dense Adam over this rank's rows at the tables' multiple of `learning_rate`, without weight decay. Returns at
         once; every later fetch sees it."""

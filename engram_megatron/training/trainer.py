@@ -207,7 +207,7 @@ class Trainer:
         row_gradients, table_square = None, 0.0
         if self.memory is not None and rows is not None:
             row_gradients = self.memory.return_gradients(rows)
-            table_square = self.memory.gradient_norm_squared(row_gradients)
+            table_square = row_gradients.norm_squared  # of its own rows: over all ranks, each counts once
         self.optimizer.prepare_gradients()
         backbone_square = self.optimizer.gradient_norm_squared()
         square = backbone_square + sum_over_ranks([table_square], self.ranks)[0]

@@ -23,8 +23,7 @@ def gather_rows(
     Raises `IndexError` for a row outside the table.
     """
     check_rows(rows, len(weight))
-    check_output(weight, rows, out, places)
-    _gather(weight, rows, out, places)
+    _gather(weight, rows, out, checked_places(weight, rows, out, places))
 
 
 def check_rows(rows: NDArray[np.int64], num_rows: int) -> None:
@@ -39,19 +38,21 @@ def check_rows(rows: NDArray[np.int64], num_rows: int) -> None:
         raise IndexError(f"row {wrong} is outside a table of {num_rows} rows")
 
 
-def check_output(
+def checked_places(
     weight: NDArray[Any], rows: NDArray[np.int64], out: NDArray[Any], places: NDArray[np.int64] | None
-) -> None:
-    """Assert that `out` can take the rows of `weight`, at `places` if given."""
+) -> NDArray[np.int64]:
+    """The places for a kernel, none at all (size 0) where rows go to `out` in order; asserts that `out` has them."""
     assert (out.dtype, out.shape[1:]) == (weight.dtype, weight.shape[1:]), (out.dtype, out.shape, weight.shape)
     if places is None:
         assert len(out) == rows.size, (len(out), rows.size)
-    elif rows.size > 0:
-        assert places.shape == rows.shape, (places.shape, rows.shape)
-        assert places.dtype == np.int64, places.dtype
+        return np.empty(0, np.int64)
+    assert places.shape == rows.shape, (places.shape, rows.shape)
+    assert places.dtype == np.int64, places.dtype
+    if rows.size > 0:
         lowest, highest = _bounds(places)
         assert lowest >= 0, lowest
         assert highest < len(out), (highest, len(out))
+    return places
 
 
 @njit(nogil=True, cache=True)
@@ -73,9 +74,6 @@ def _gather(weight: Any, rows: Any, out: Any, places: Any) -> None:
             if i + ROWS_AHEAD < rows.size:
                 prefetch_bytes(base + rows[i + ROWS_AHEAD] * row_bytes, row_bytes)
             row = rows[i]
-            if places is None:
-                place = i
-            else:
-                place = places[i]
+            place = places[i] if places.size > 0 else i
             for column in range(row_dim):
                 out[place, column] = weight[row, column]

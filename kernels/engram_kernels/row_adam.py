@@ -24,7 +24,7 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
-from engram_kernels.gather_rows import check_output, check_rows
+from engram_kernels.gather_rows import check_rows, checked_places
 from engram_kernels.prefetch import prefetch_bytes
 from engram_kernels.row_state import RowState
 from engram_kernels.split_float import high_half, low_half, whole
@@ -62,7 +62,6 @@ def read_rows(
     caught up in float32 and rounded. Raises `IndexError` for a row outside the table.
     """
     check_rows(rows, table.num_rows)
-    check_output(table.weight, rows, out, places)
     _read(
         table.weight,
         table.remainder,
@@ -70,7 +69,7 @@ def read_rows(
         table.last_step,
         rows,
         out,
-        places,
+        checked_places(table.weight, rows, out, places),
         catch_up.tables(),
         _constants(table, catch_up, 0.0, 1.0),
         catch_up.step,
@@ -171,10 +170,7 @@ def _read(
                 if 0 < last_step[coming] < step:
                     _prefetch_row(state, coming)
             row = rows[i]
-            if places is None:
-                place = i
-            else:
-                place = places[i]
+            place = places[i] if places.size > 0 else i
             last = np.int64(last_step[row])
             if 0 < last < step:
                 _load_row(weight, remainder, row, work)

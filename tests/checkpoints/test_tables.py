@@ -36,7 +36,7 @@ def _train(adam: RowAdam, steps: range) -> None:
         gradients = np.empty((ROWS, DIM), shard.wide)
         fill_initial_rows(gradients, 0, seed=step, std=1.0)
         used = np.flatnonzero((everything % 5 == step % 5) & (everything < 200))
-        adam.step(RowGradients(used, gradients[everything[used]]), lr=0.01)
+        adam.step(RowGradients.summed(used, [gradients[everything[used]]]), lr=0.01)
 
 
 def _table(adams: list[RowAdam]) -> Table:

@@ -61,7 +61,7 @@ def _sharded(rank: int, world_size: int, ranks_per_node: int, dtype: str, waves:
             _loss(expanded).backward()
             memory.append(expanded.detach().float().numpy() if dtype == "bfloat16" else expanded.detach().numpy())
         gradients = lookup.return_gradients(rows)
-        norm_squared = adam.gradient_norm_squared(gradients)
+        norm_squared = gradients.norm_squared
         adam.step(gradients, LR, GRADIENT_SCALE)
         history.append(
             {

@@ -32,7 +32,7 @@ def _gradients(step: int, dtype: str, magnitude: float = 1.0) -> RowGradients:
     """Rows of a moving window, so that rows are new, repeated, left alone for many steps, and never used."""
     rng = np.random.default_rng(step)
     window = ROWS // 3 * (step // 10 % 2) + rng.choice(ROWS // 2, 200, replace=False)
-    return RowGradients(np.sort(window), (rng.standard_normal((200, DIM)) * magnitude).astype(dtype))
+    return RowGradients.summed(np.sort(window), [(rng.standard_normal((200, DIM)) * magnitude).astype(dtype)])
 
 
 def _dense(gradients: RowGradients, scale: float) -> torch.Tensor:
@@ -90,9 +90,9 @@ def test_rows_that_never_had_a_gradient_stay_bit_identical() -> None:
     shard = _shard("float32")
     optimizer = _optimizer(shard)
     before = _weights(optimizer)
-    optimizer.step(RowGradients(np.array([7]), np.ones((1, DIM), np.float32)), LR)
+    optimizer.step(RowGradients.summed(np.array([7]), [np.ones((1, DIM), np.float32)]), LR)
     for _ in range(3):
-        optimizer.step(RowGradients(np.array([], np.int64), np.empty((0, DIM), np.float32)), LR)
+        optimizer.step(RowGradients.summed(np.array([], np.int64), [np.empty((0, DIM), np.float32)]), LR)
     others = np.arange(ROWS) != 7
     np.testing.assert_array_equal(_weights(optimizer)[others], before[others])
     # Constant decaying moments still move row 7: four steps against the gradient, none larger than lr but for rounding.
@@ -104,15 +104,15 @@ def test_rows_that_never_had_a_gradient_stay_bit_identical() -> None:
 def test_row_left_alone_for_thousands_of_steps_comes_to_rest() -> None:
     shard = _shard("float32")
     optimizer = _optimizer(shard)
-    optimizer.step(RowGradients(np.array([0]), np.full((1, DIM), 1e-3, np.float32)), LR)
-    nothing = RowGradients(np.array([], np.int64), np.empty((0, DIM), np.float32))
+    optimizer.step(RowGradients.summed(np.array([0]), [np.full((1, DIM), 1e-3, np.float32)]), LR)
+    nothing = RowGradients.summed(np.array([], np.int64), [np.empty((0, DIM), np.float32)])
     for _ in range(1000):
         optimizer.step(nothing, LR)
     at_rest = _weights(optimizer)[0]
     for _ in range(1500):
         optimizer.step(nothing, LR)
     np.testing.assert_array_equal(_weights(optimizer)[0], at_rest)
-    optimizer.step(RowGradients(np.array([0]), np.zeros((1, DIM), np.float32)), LR)
+    optimizer.step(RowGradients.summed(np.array([0]), [np.zeros((1, DIM), np.float32)]), LR)
     assert (shard.rows.exp_avg[0] == 0).all()
     assert (shard.rows.exp_avg_sq[0] == 0).all()
     np.testing.assert_array_equal(_weights(optimizer)[0], at_rest)
@@ -122,11 +122,11 @@ def test_touched_only_leaves_rows_without_a_gradient_as_they_are() -> None:
     shard = _shard("float32")
     optimizer = RowAdam(shard, CatchUp(*BETAS, EPS), touched_only=True)
     before = _weights(optimizer)
-    optimizer.step(RowGradients(np.array([7]), np.ones((1, DIM), np.float32)), LR)
+    optimizer.step(RowGradients.summed(np.array([7]), [np.ones((1, DIM), np.float32)]), LR)
     after = _weights(optimizer)
     np.testing.assert_allclose(before[7] - after[7], LR, rtol=1e-5)
     moments = shard.rows.state.copy()
-    optimizer.step(RowGradients(np.array([8]), np.ones((1, DIM), np.float32)), LR)
+    optimizer.step(RowGradients.summed(np.array([8]), [np.ones((1, DIM), np.float32)]), LR)
     np.testing.assert_array_equal(_weights(optimizer)[7], after[7])
     np.testing.assert_array_equal(shard.rows.state[7], moments[7])
 
@@ -160,7 +160,7 @@ def test_step_is_the_same_for_any_number_of_threads() -> None:
         optimizer = _optimizer(shard)
         for step in range(5):
             optimizer.step(_gradients(step, "float32"), LR)
-        results.append((_weights(optimizer), optimizer.gradient_norm_squared(_gradients(0, "float32"))))
+        results.append((_weights(optimizer), _gradients(0, "float32").norm_squared))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
 
@@ -168,12 +168,12 @@ def test_step_is_the_same_for_any_number_of_threads() -> None:
 def test_gradient_norm_is_summed_in_float64() -> None:
     # In float32 the sum of these squares overflows to infinity.
     gradients = np.full((300, DIM), 1e19, np.float32)
-    norm_squared = _optimizer(_shard("float32")).gradient_norm_squared(RowGradients(np.arange(300), gradients))
+    norm_squared = RowGradients.summed(np.arange(300), [gradients]).norm_squared
     assert norm_squared == pytest.approx(float((gradients.astype(np.float64) ** 2).sum()), rel=1e-13)
 
 
 def test_shard_without_rows_takes_a_step() -> None:
     shard = TableShard(RowLayout(10, 10, 2), 1, DIM)
     optimizer = _optimizer(shard)
-    optimizer.step(RowGradients(np.array([], np.int64), np.empty((0, DIM), np.float32)), LR)
+    optimizer.step(RowGradients.summed(np.array([], np.int64), [np.empty((0, DIM), np.float32)]), LR)
     assert optimizer.catch_up.step == 1

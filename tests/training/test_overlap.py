@@ -1,4 +1,4 @@
-"""The thread of the tables changes when things happen, never what: bit-identical losses and rows, and a race is seen."""
+"""The thread of the tables changes when things happen, never what: bit-identical losses and rows; a race is seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STEPS = 4
 
 
 class Case(NamedTuple):
-    """`slow_update_s`: how long the last rank's updates take. `barriers`: whether ranks of a node wait for each other."""
+    """`slow_update_s`: how long the last rank's updates take. `barriers`: whether ranks of a node wait for one another."""
 
     ranks_per_node: int
     overlap: bool
