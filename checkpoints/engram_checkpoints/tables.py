@@ -92,11 +92,11 @@ def write_shard(path: Path, shard: TableShard) -> None:
         for name in (WEIGHT, *MOMENTS, LAST_STEP)
     }
     for block in shard.layout.blocks(shard.shard):
-        span = slice(block.start, block.stop)
+        span, local = slice(block.start, block.stop), np.arange(block.local.start, block.local.stop)
         last_step = shard.rows.last_step[block.local]
         arrays[LAST_STEP][span] = last_step
         if shard.initial is None or last_step.any():
-            arrays[WEIGHT][span] = shard.masters(block)
+            arrays[WEIGHT][span] = shard.masters(local)
             arrays["exp_avg"][span] = shard.rows.exp_avg[block.local]
             arrays["exp_avg_sq"][span] = shard.rows.exp_avg_sq[block.local]
 
@@ -121,15 +121,17 @@ def load_shard(path: Path, adam: RowAdam, *, weights_only: bool = False) -> None
         shard.memory.commit()
     adam.catch_up.replay(source.learning_rates())
     shard.initial = source.initial
+    shard.touched_rows = 0
     for block in shard.layout.blocks(shard.shard):
         for piece in source.pieces(block):
             _load_piece(source, shard, piece)
         if weights_only:
+            local = np.arange(block.local.start, block.local.stop)
             as_of = adam.catch_up if source.catches_up else None
-            shard.rows.set_master(block.local, shard.finished_masters(block, as_of))
+            shard.rows.set_master(local, shard.finished_masters(local, as_of))
             shard.rows.forget_steps(block.local)
     if weights_only:
-        shard.initial = None
+        shard.initial, shard.touched_rows = None, 0
         adam.catch_up.replay(np.empty(0))
 
 
@@ -137,6 +139,7 @@ def _load_piece(source: _Source, shard: TableShard, piece: Block) -> None:
     """Rows of one stored chunk; a lazy shard takes those that ever had a gradient."""
     last_step = source.read(LAST_STEP, piece)
     shard.rows.last_step[piece.local] = last_step
+    shard.touched_rows += int(np.count_nonzero(last_step))
     if source.initial is not None and not last_step.any():
         if shard.commit == "eager":
             shard.set_initial(piece)

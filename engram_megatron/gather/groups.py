@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from engram_megatron.errors import UsageError
 from engram_megatron.gather.topology import Topology
 from engram_megatron.gather.transport import LoopbackTransport, Transport, TransportKind, group_transport
 from engram_megatron.tables.table_shard import TableShard
@@ -54,11 +55,19 @@ def make_groups(topology: Topology, timeout_s: float, kind: TransportKind = "glo
 def open_node_shards(shard: TableShard, topology: Topology, group: dist.ProcessGroup | None = None) -> list[TableShard]:
     """The shards of all ranks of this rank's node, in their order: its own `shard`, those of others in shared memory.
 
-    Collective over `group`, which holds all ranks (None: the default group). Raises `UsageError` where another's cannot
-    be opened.
+    Collective over `group`, which holds all ranks (None: the default group).
+
+    Raises:
+        UsageError: the tables of any two ranks are not parts of one table, or another's cannot be opened.
     """
     handles = [shard.handle] * topology.num_nodes * topology.ranks_per_node
     if len(handles) > 1:
         dist.all_gather_object(handles, shard.handle, group=group)
+    for rank, handle in enumerate(handles):
+        if handle.table != handles[0].table:
+            raise UsageError(
+                f"rank {rank} has other Engram tables than rank 0: {handle.table} and {handles[0].table}; start all "
+                "ranks with one version of the code and one configuration"
+            )
     of_node = topology.node_groups()[topology.node]
     return [shard if rank == topology.rank else TableShard.open(handles[rank]) for rank in of_node]

@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.segment_sum import sum_pieces
 from engram_megatron.gather.groups import NodeGroups
-from engram_megatron.gather.plan import GatherPlan, Int64, NodeRequests, Route, make_plan, merge_requests
+from engram_megatron.gather.plan import (
+    GatherPlan,
+    Int64,
+    NodeRequests,
+    Route,
+    hottest_lookups,
+    make_plan,
+    merge_requests,
+)
 from engram_megatron.gather.shared_buffer import SharedBuffers
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.gather.transport import Transport, TransportError
@@ -133,6 +141,7 @@ class RowLookup:
             gradient_bytes_sent=asks * gradient_bytes,
             gradient_bytes_received=asked * gradient_bytes,
             node_row_bytes=int((rows.route.arrivals < 0).sum()) * row_bytes,
+            hottest_lookups=hottest_lookups(rows.plan),
         )
 
     def _merge(self, plan: GatherPlan) -> tuple[NodeRequests, Int64]:

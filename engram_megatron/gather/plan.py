@@ -63,6 +63,13 @@ def make_plan(ids: Int64, layout: RowLayout, num_waves: int = 1) -> GatherPlan:
     return GatherPlan(rows[order], waves, counts, inverse)
 
 
+def hottest_lookups(plan: GatherPlan) -> int:
+    """Lookups of the hundredth of the distinct rows that have most of them."""
+    lookups = np.bincount(plan.inverse.reshape(-1), minlength=1)
+    first = lookups.size - -(-lookups.size // 100)
+    return int(np.partition(lookups, first)[first:].sum())
+
+
 @dataclass(frozen=True, eq=False)
 class NodeRequests:
     """What the ranks of a node ask for on one rail, each row once.

@@ -19,6 +19,7 @@ class GatherStatistics:
     gradient_bytes_sent: int
     gradient_bytes_received: int
     node_row_bytes: int  # rows of this rank's batch that its node owns
+    hottest_lookups: int  # of the hundredth of the batch's distinct rows that it looks up most often
 
     @property
     def unique_ratio(self) -> float:

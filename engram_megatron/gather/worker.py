@@ -6,6 +6,8 @@ nothing else uses.
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -24,31 +26,37 @@ class Worker:
         self.on_failure = on_failure
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tables") if beside else None
         self._failure: BaseException | None = None
-        self._last: Future[None] | None = None
+        self._seconds: dict[str, float] = defaultdict(float)
 
-    def submit(self, task: Callable[[], Result]) -> Future[Result]:
-        """Run `task` when all tasks before it are done."""
+    def submit(self, name: str, task: Callable[[], Result]) -> Future[Result]:
+        """Run `task` when all tasks before it are done; `seconds` counts its time under `name`."""
         if self._executor is not None:
-            return self._executor.submit(self._run, task)
+            return self._executor.submit(self._run, name, task)
         future: Future[Result] = Future()
         try:
-            future.set_result(self._run(task))
+            future.set_result(self._run(name, task))
         except BaseException as error:
             future.set_exception(error)
         return future
 
     def finish(self) -> None:
         """Wait for all tasks; raises the error of the first that failed."""
-        self.submit(lambda: None).result()
+        self.submit("finish", lambda: None).result()
 
     def close(self) -> None:
         """Wait for the running task and end the thread."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
-    def _run(self, task: Callable[[], Result]) -> Result:
+    def take_seconds(self) -> dict[str, float]:
+        """Time that tasks have taken since the last call, by name."""
+        taken, self._seconds = self._seconds, defaultdict(float)
+        return dict(taken)
+
+    def _run(self, name: str, task: Callable[[], Result]) -> Result:
         if self._failure is not None:
             raise self._failure
+        started = time.perf_counter()
         try:
             return task()
         except BaseException as error:
@@ -56,3 +64,5 @@ class Worker:
             if self.on_failure is not None:
                 self.on_failure(error)
             raise
+        finally:
+            self._seconds[name] += time.perf_counter() - started

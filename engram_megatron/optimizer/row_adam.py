@@ -6,10 +6,26 @@ with a gradient cost: `engram_kernels.catch_up` says how the others get what the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.row_adam import update_rows
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.table_shard import TableShard
+
+SAMPLED_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LastUpdate:
+    """What the last step did on this shard: how many rows it updated, and the sums of squares of a sample's updates and
+    weights."""
+
+    rows: int = 0
+    update_square: float = 0.0
+    weight_square: float = 0.0
 
 
 class RowAdam:
@@ -21,6 +37,7 @@ class RowAdam:
         self.shard = shard
         self.catch_up = catch_up
         self.touched_only = touched_only
+        self.last_update = LastUpdate()
 
     @property
     def read_as_of(self) -> CatchUp | None:
@@ -32,10 +49,13 @@ class RowAdam:
 
         Rows that are not in `row_gradients` have a zero gradient. A step to be skipped is one not to call.
         """
-        self.shard.make(row_gradients.local_rows)
+        local_rows = row_gradients.local_rows
+        sample = local_rows[:: max(1, local_rows.size // SAMPLED_ROWS)]
+        before = self.shard.finished_masters(sample, self.read_as_of)
+        self.shard.touch(local_rows)
         update_rows(
             self.shard.rows,
-            row_gradients.local_rows,
+            local_rows,
             row_gradients.gradients,
             self.catch_up,
             lr,
@@ -43,3 +63,8 @@ class RowAdam:
             touched_only=self.touched_only,
         )
         self.catch_up.advance(lr)
+        self.last_update = LastUpdate(
+            rows=local_rows.size,
+            update_square=float(np.square(self.shard.masters(sample) - before, dtype=np.float64).sum()),
+            weight_square=float(np.square(before, dtype=np.float64).sum()),
+        )

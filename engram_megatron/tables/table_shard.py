@@ -45,6 +45,15 @@ class ShardHandle:
     commit: Literal["eager", "lazy"]
     memory: MemoryHandle
 
+    @property
+    def table(self) -> str:
+        """What all shards of one table have in common, in words."""
+        layout = self.layout
+        return (
+            f"{layout.total_rows} rows of {self.row_dim} {self.dtype} numbers in blocks of {layout.block_rows} over "
+            f"{layout.num_shards} ranks on {layout.num_nodes} nodes, {self.commit}"
+        )
+
 
 class TableShard:
     """Rows of `shard` under `layout`: `rows`.
@@ -102,6 +111,7 @@ class TableShard:
         self.commit = commit
         self.memory = memory
         self.initial: InitialRows | None = None
+        self.touched_rows = 0  # that ever had a gradient
         num_rows, stored = layout.num_local_rows(shard), stored_dtype(dtype)
         state_at, last_step_at, _ = _offsets(num_rows, row_dim, dtype)
         self.rows = RowState(
@@ -146,12 +156,12 @@ class TableShard:
         fill_initial_rows(values, block.start, self.initial.seed, self.initial.std)
         self.rows.set_master(block.local, values)
 
-    def masters(self, block: Block) -> NDArray[Any]:
-        """A copy of the exact weights of a block's rows as of each row's last step, [n, row_dim] `wide`."""
-        values = self.rows.master(block.local)
+    def masters(self, local_rows: NDArray[np.int64]) -> NDArray[Any]:
+        """A copy of the exact weights of `local_rows` int64 [n] as of each row's last step, [n, row_dim] `wide`."""
+        values = self.rows.master(local_rows)
         if self.commit == "lazy":
-            unmade = np.flatnonzero(self.rows.last_step[block.local] == 0)
-            values[unmade] = self._initial(unmade + block.local_start)
+            unmade = self.rows.last_step[local_rows] == 0
+            values[unmade] = self._initial(local_rows[unmade])
         return values
 
     def read(
@@ -191,20 +201,21 @@ class TableShard:
         values = self.read(np.arange(self.num_rows), catch_up)
         return bfloat16_to_float32(values) if self.rows.is_split else values
 
-    def finished_masters(self, block: Block, catch_up: CatchUp | None) -> NDArray[Any]:
-        """A copy of the exact weights of a block's rows as of `catch_up.step`, [n, row_dim] `wide`."""
-        values = self.masters(block)
+    def finished_masters(self, local_rows: NDArray[np.int64], catch_up: CatchUp | None) -> NDArray[Any]:
+        """As `masters`, as of `catch_up.step` (None: as they stand)."""
+        values = self.masters(local_rows)
         if catch_up is not None:
-            rows = self.rows.part(block.local)
-            whole = RowState(values.copy(), rows.state[:, : 2 * self.row_dim].copy(), rows.last_step)
-            read_rows(whole, np.arange(block.num_rows), values, catch_up)
+            moments = self.rows.state[local_rows, : 2 * self.row_dim]
+            whole = RowState(values.copy(), moments, self.rows.last_step[local_rows])
+            read_rows(whole, np.arange(local_rows.size), values, catch_up)
         return values
 
-    def make(self, local_rows: NDArray[np.int64]) -> None:
-        """Bring rows of a lazy shard into memory that never were, before they are updated."""
+    def touch(self, local_rows: NDArray[np.int64]) -> None:
+        """Count rows that are to have their first gradient now; a lazy shard brings them into memory."""
+        untouched = local_rows[self.rows.last_step[local_rows] == 0]
+        self.touched_rows += untouched.size
         if self.commit == "lazy":
-            unmade = local_rows[self.rows.last_step[local_rows] == 0]
-            self.rows.set_master(unmade, self._initial(unmade))
+            self.rows.set_master(untouched, self._initial(untouched))
 
     def _initial(self, local_rows: NDArray[np.int64]) -> NDArray[Any]:
         assert self.initial is not None

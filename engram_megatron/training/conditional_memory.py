@@ -16,7 +16,7 @@ layer, D row_dim, E = H * D memory width.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -32,6 +32,7 @@ from engram_megatron.gather.groups import make_groups, open_node_shards
 from engram_megatron.gather.lookup import RowLookup
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.gather.topology import find_topology
+from engram_megatron.gather.transport import exercise_pairs
 from engram_megatron.gather.unique_rows import UniqueRows
 from engram_megatron.gather.worker import Worker
 from engram_megatron.hashing.ngram_hasher import NgramHasher
@@ -68,7 +69,9 @@ class StepRows:
     def fetch(self, worker: Worker, lookup: RowLookup) -> None:
         """Ask for all waves, once their plan is made."""
         assert not self._fetched, "fetched already"
-        self._fetched = [worker.submit(partial(self._fetch_wave, lookup, wave)) for wave in range(lookup.num_waves)]
+        self._fetched = [
+            worker.submit("fetch", partial(self._fetch_wave, lookup, wave)) for wave in range(lookup.num_waves)
+        ]
 
     def _fetch_wave(self, lookup: RowLookup, wave: int) -> None:
         lookup.fetch(self._planned.result(), wave)
@@ -77,12 +80,23 @@ class StepRows:
 class ConditionalMemory:
     """This rank's shard of the tables, and what fetches, differentiates and updates rows of all of them."""
 
-    def __init__(self, config: RunConfig, hasher: NgramHasher, ranks: Ranks, *, shards_on_host: int = 1) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        hasher: NgramHasher,
+        ranks: Ranks,
+        *,
+        shards_on_host: int = 1,
+        on_failure: Callable[[BaseException], None] | None = None,
+    ) -> None:
         """Collective over all ranks. Rows are left at zero: call `initialize` or load a checkpoint.
+
+        `on_failure` is called with what went wrong in the tables' thread, as it does (see `Worker`).
 
         Raises:
             UsageError: the host's memory does not hold its shards, nodes differ in size, or ranks of a node cannot open
                 each other's memory.
+            TransportError: other bytes arrive between two ranks than were sent.
         """
         assert config.engram is not None
         self.engram = config.engram
@@ -109,10 +123,12 @@ class ConditionalMemory:
         # All ranks of a host have judged the same free memory when this returns.
         self.shards = open_node_shards(self.shard, topology, ranks.host_group)
         groups = make_groups(topology, config.parallel.collective_timeout_s, self.tables.transport)
+        exercise_pairs(groups.node)
+        exercise_pairs(groups.rail)
         self.num_waves = min(self.tables.waves, config.training.num_microbatches(ranks.data_ranks))
         self.lookup = RowLookup(self.shards, self.adam.read_as_of, groups, self.num_waves)
         self.learning_rate_multiplier = optimizer.table_learning_rate_multiplier
-        self.worker = Worker(beside=self.tables.overlap)
+        self.worker = Worker(beside=self.tables.overlap, on_failure=on_failure)
 
     def initialize(self, seed: int) -> None:
         """Fill the shard with its initial rows, a function of (seed, row id)."""
@@ -128,7 +144,9 @@ class ConditionalMemory:
         ask for the layers that stand on them; one without any takes part as an owner of rows.
         """
         batches = list(batches)
-        return StepRows(self.worker.submit(lambda: self.lookup.plan(np.stack([self._row_ids(b) for b in batches]))))
+        return StepRows(
+            self.worker.submit("plan", lambda: self.lookup.plan(np.stack([self._row_ids(b) for b in batches])))
+        )
 
     def fetch(self, rows: StepRows) -> None:
         """Fetch what was planned, as the tables are after the updates asked for so far. Collective over all ranks."""
@@ -154,13 +172,13 @@ class ConditionalMemory:
         """Bring the gradients of a step to the rows' owners. Collective over all ranks."""
         unique = rows.wait(self.num_waves - 1)
         platform.synchronize()  # the backward's additions
-        return self.worker.submit(lambda: self.lookup.return_gradients(unique)).result()
+        return self.worker.submit("return", lambda: self.lookup.return_gradients(unique)).result()
 
     def step(self, gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
         """Dense Adam over this rank's rows at the tables' multiple of `learning_rate`, without weight decay. Returns at
         once; every later fetch sees it."""
         table_learning_rate = learning_rate * self.learning_rate_multiplier
-        self.worker.submit(lambda: self.adam.step(gradients, table_learning_rate, gradient_scale))
+        self.worker.submit("update", lambda: self.adam.step(gradients, table_learning_rate, gradient_scale))
 
     def finish(self) -> None:
         """Wait until all that was asked for is done, so that the shard may be read. Raises what went wrong."""

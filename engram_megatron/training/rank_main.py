@@ -44,15 +44,13 @@ def run_rank(config: RunConfig, *, resume: bool) -> int:
             from engram_megatron.training.trainer import NonFiniteLossError
 
             try:
-                summary = train(config, resume=resume, stop=stop)
+                summary = train(config, resume=resume, stop=stop, on_table_failure=_leave_failed)
             except (NonFiniteLossError, SaveError) as error:
                 _leave_together(rank, error, EXIT_FAILURE)
     except (UsageError, CorpusError) as error:
         _leave_together(rank, error, EXIT_USAGE)
     except BaseException as error:
-        trace = "".join(traceback.format_exception(error))
-        where = f"rank {rank} on {socket.gethostname()} failed"
-        _leave(f"{trace}error: {where}: {type(error).__name__}: {error}", EXIT_FAILURE)
+        _leave_failed(error)
     if rank == "0":
         if summary.stopped_by is not None:
             print(f"stopped by {summary.stopped_by} after step {summary.step}; continue with --resume")
@@ -69,6 +67,12 @@ def run_rank(config: RunConfig, *, resume: bool) -> int:
 def threads_per_rank() -> int:
     """This host's usable cores divided by its ranks (torchrun's LOCAL_WORLD_SIZE), at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _leave_failed(error: BaseException) -> NoReturn:
+    trace = "".join(traceback.format_exception(error))
+    where = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} failed"
+    _leave(f"{trace}error: {where}: {type(error).__name__}: {error}", EXIT_FAILURE)
 
 
 def _leave_together(rank: str, error: Exception, code: int) -> NoReturn:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,17 @@ class _Run:
             self.log.say(line)
 
 
-def train(config: RunConfig, *, resume: bool, stop: StopSignal) -> RunSummary:
+def train(
+    config: RunConfig,
+    *,
+    resume: bool,
+    stop: StopSignal,
+    on_table_failure: Callable[[BaseException], None] | None = None,
+) -> RunSummary:
     """Train on this rank of the job until `training.num_steps`, or until a stop is asked for. All ranks call it.
 
-    Nothing is written before the checkpoint to start from has been read.
+    Nothing is written before the checkpoint to start from has been read. `on_table_failure` is called, in the tables'
+    thread, as something goes wrong there: it should end the process, since another rank may wait for this one.
 
     Raises:
         UsageError, CorpusError: before any work, on every rank alike; later, for a corpus that cannot be read.
@@ -79,7 +86,7 @@ def train(config: RunConfig, *, resume: bool, stop: StopSignal) -> RunSummary:
     _, world_size, _ = parallel.world_from_environment()
     inputs = open_inputs(config, world_size, resume=resume)
     ranks = parallel.initialize(config)
-    run = _build(config, ranks, inputs)
+    run = _build(config, ranks, inputs, on_table_failure)
     try:
         summary = _loop(run, stop)
     finally:
@@ -93,11 +100,19 @@ def train(config: RunConfig, *, resume: bool, stop: StopSignal) -> RunSummary:
     return summary
 
 
-def _build(config: RunConfig, ranks: Ranks, inputs: Inputs) -> _Run:
+def _build(
+    config: RunConfig, ranks: Ranks, inputs: Inputs, on_table_failure: Callable[[BaseException], None] | None
+) -> _Run:
     folder = RunFolder(config.run_dir)
     memory = None
     if inputs.hasher is not None:
-        memory = ConditionalMemory(config, inputs.hasher, ranks, shards_on_host=_ranks_on_this_host(ranks))
+        memory = ConditionalMemory(
+            config,
+            inputs.hasher,
+            ranks,
+            shards_on_host=_ranks_on_this_host(ranks),
+            on_failure=on_table_failure,
+        )
     chunks = wrap_data_parallel(
         build_model_chunks(config),
         TORCH_DTYPE[config.training.dtype],

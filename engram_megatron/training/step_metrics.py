@@ -6,6 +6,7 @@ sum over ranks is everybody's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,17 +16,62 @@ from engram_megatron.config import RunConfig
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.model.counts import has_mtp_experts
 from engram_megatron.model.parameter_names import unwrapped
-from engram_megatron.training.parallel import Ranks, sum_over_ranks
+from engram_megatron.training.conditional_memory import ConditionalMemory
+from engram_megatron.training.parallel import Ranks, max_over_ranks, sum_over_ranks
+
+TASKS = ("plan", "fetch", "return", "update")
 
 
 def gather_metrics(statistics: GatherStatistics, wait_s: float, ranks: Ranks) -> dict[str, float]:
-    """Panel `gather/`: counts and bytes summed over ranks, the ratio of the sums, the mean wait. Collective."""
+    """Panel `gather/`: counts and bytes summed over ranks, ratios of the sums, the mean wait. Collective."""
     local = {name: value for name, value in statistics.scalars().items() if name != "gather/unique_ratio"}
     totals = sum_over_ranks([*local.values(), wait_s], ranks)
     values = dict(zip(local, totals[:-1], strict=True))
     values["gather/unique_ratio"] = values["gather/unique_rows"] / max(values["gather/lookups"], 1.0)
+    values["gather/hottest_share"] = values["gather/hottest_lookups"] / max(values["gather/lookups"], 1.0)
     values["gather/wait_ms"] = totals[-1] / ranks.world_size * 1e3
     return values
+
+
+def table_metrics(memory: ConditionalMemory, num_steps: int, ranks: Ranks) -> dict[str, float]:
+    """Panel `tables/`: milliseconds per step that the tables' thread spent on each kind of task, mean over ranks, in the
+    `num_steps` steps since the last call; rows of the busiest owner in the last update as a multiple of the mean; share
+    of rows that never had a gradient, and what it says of collisions; root mean square of an update relative to that of
+    the weights. Collective."""
+    update, shard = memory.adam.last_update, memory.shard
+    seconds = memory.worker.take_seconds()
+    sums = sum_over_ranks(
+        [
+            *(seconds.get(task, 0.0) for task in TASKS),
+            float(update.rows),
+            update.update_square,
+            update.weight_square,
+            float(shard.touched_rows),
+        ],
+        ranks,
+    )
+    rows, update_square, weight_square, touched = sums[len(TASKS) :]
+    busiest = max_over_ranks(float(update.rows), ranks)
+    touched_share = touched / shard.layout.total_rows
+    per_step = 1e3 / (ranks.world_size * max(num_steps, 1))
+    return {f"tables/{task}_ms": total * per_step for task, total in zip(TASKS, sums, strict=False)} | {
+        "tables/owner_imbalance": busiest * ranks.world_size / max(rows, 1.0),
+        "tables/never_touched": 1.0 - touched_share,
+        "tables/collision_estimate": collision_estimate(touched_share),
+        "tables/update_to_weight": math.sqrt(update_square / max(weight_square, 1e-300)),
+    }
+
+
+def collision_estimate(touched_share: float) -> float:
+    """Share of the n-grams seen so far that share their row with another one, if `touched_share` of all rows were hit.
+
+    k n-grams that fall on p rows at random leave (1 - 1/p)^k of them free, about exp(-k/p); what is not free is hit by
+    one n-gram each plus the collisions. All rows hit: 1, k is unknown.
+    """
+    if touched_share >= 1.0:
+        return 1.0
+    ngrams_per_row = -math.log1p(-touched_share)
+    return 1.0 - touched_share / ngrams_per_row if ngrams_per_row > 0 else 0.0
 
 
 def layer_metrics(config: RunConfig, chunks: Sequence[nn.Module], ranks: Ranks) -> dict[str, float]:

@@ -33,7 +33,7 @@ from engram_megatron.training.conditional_memory import ConditionalMemory, StepR
 from engram_megatron.training.forward_step import Microbatch, make_microbatch
 from engram_megatron.training.parallel import Ranks, max_over_ranks, once_per_replica, sum_over_ranks
 from engram_megatron.training.schedule_runner import ScheduleRunner
-from engram_megatron.training.step_metrics import expert_metrics, gather_metrics, layer_metrics
+from engram_megatron.training.step_metrics import expert_metrics, gather_metrics, layer_metrics, table_metrics
 
 
 class NonFiniteLossError(RuntimeError):
@@ -74,6 +74,7 @@ class Trainer:
         self.runner = ScheduleRunner(chunks, config)
         self.schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
         self.flops_per_token = token_flops(config).forward_backward
+        self._reported_updates = 0 if memory is None else memory.adam.catch_up.step
         self._ahead: tuple[int, StepRows] | None = None  # the step that the tables prepare for, and its rows
 
     def train_step(
@@ -155,6 +156,9 @@ class Trainer:
         if self.memory is not None and result.gather is not None:
             values["train/table_learning_rate"] = result.learning_rate * self.memory.learning_rate_multiplier
             values |= gather_metrics(result.gather, result.gather_wait_s, self.ranks)
+            updates = self.memory.adam.catch_up.step
+            values |= table_metrics(self.memory, updates - self._reported_updates, self.ranks)
+            self._reported_updates = updates
         if result.mtp_loss is not None:
             values["train/mtp_loss"] = result.mtp_loss
         return values | self._model_metrics()

@@ -68,19 +68,15 @@ class RowState:
         """View [n, D] int16 of the remainders; None where the weights are whole."""
         return self.state.view(np.int16)[:, 4 * self.row_dim :] if self.is_split else None
 
-    def part(self, rows: slice) -> RowState:
-        """Some consecutive rows, as views."""
-        return RowState(self.weight[rows], self.state[rows], self.last_step[rows])
-
     def forget_steps(self, rows: slice) -> None:
         """Make `rows` rows that never had a gradient; their weights stay as they are."""
         self.state[rows, : 2 * self.row_dim] = 0
         self.last_step[rows] = 0
 
-    def master(self, rows: slice = slice(None)) -> NDArray[Any]:
+    def master(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[Any]:
         """A copy [k, D] of the weights of `rows` in the precision in which they are trained: float32 or float64."""
         remainder = self.remainder
-        return self.weight[rows].copy() if remainder is None else join(self.weight[rows], remainder[rows])
+        return np.array(self.weight[rows]) if remainder is None else join(self.weight[rows], remainder[rows])
 
     def set_master(self, rows: slice | NDArray[np.int64], values: NDArray[Any]) -> None:
         """Write `values` [k, D] of `master`'s dtype to `rows`."""

@@ -48,7 +48,7 @@ def _table(adams: list[RowAdam]) -> Table:
         shard = adam.shard
         for block in shard.layout.blocks(shard.shard):
             rows = slice(block.start, block.stop)
-            table[WEIGHT][rows] = shard.masters(block)
+            table[WEIGHT][rows] = shard.masters(np.arange(block.local.start, block.local.stop))
             table["exp_avg"][rows] = shard.rows.exp_avg[block.local]
             table["exp_avg_sq"][rows] = shard.rows.exp_avg_sq[block.local]
             table[LAST_STEP][rows] = shard.rows.last_step[block.local]

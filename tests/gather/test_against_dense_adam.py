@@ -71,10 +71,7 @@ def _sharded(rank: int, world_size: int, ranks_per_node: int, dtype: str, waves:
                 "norm_squared": norm_squared,
                 "rows": layout.global_row(rank, np.arange(shard.num_rows)),
                 "weight": shard.finished(adam.read_as_of),
-                "masters": np.concatenate(
-                    [np.empty((0, DIM), shard.wide)]
-                    + [shard.finished_masters(block, adam.read_as_of) for block in layout.blocks(rank)]
-                ),
+                "masters": shard.finished_masters(np.arange(shard.num_rows), adam.read_as_of),
                 "scalars": lookup.statistics(rows).scalars(),
             }
         )

@@ -14,9 +14,11 @@ def _fail() -> None:
 @pytest.mark.parametrize("beside", [True, False])
 def test_tasks_run_in_order_and_give_their_results(beside: bool) -> None:
     worker, seen = Worker(beside=beside), []
-    futures = [worker.submit(lambda i=i: seen.append(i) or i * i) for i in range(20)]
+    futures = [worker.submit("square", lambda i=i: seen.append(i) or i * i) for i in range(20)]
     assert [future.result() for future in futures] == [i * i for i in range(20)]
     assert seen == list(range(20))
+    assert set(worker.take_seconds()) == {"square"}
+    assert worker.take_seconds() == {}
     worker.close()
 
 
@@ -24,8 +26,8 @@ def test_tasks_run_in_order_and_give_their_results(beside: bool) -> None:
 def test_no_task_runs_after_a_failure_and_all_tell_of_the_first(beside: bool) -> None:
     told: list[BaseException] = []
     worker, seen = Worker(beside=beside, on_failure=told.append), []
-    failed = worker.submit(_fail)
-    later = worker.submit(lambda: seen.append("ran"))
+    failed = worker.submit("fail", _fail)
+    later = worker.submit("later", lambda: seen.append("ran"))
     for future in (failed, later):
         with pytest.raises(ValueError, match="the first"):
             future.result()
@@ -38,7 +40,7 @@ def test_no_task_runs_after_a_failure_and_all_tell_of_the_first(beside: bool) ->
 
 def test_a_task_runs_beside_its_caller() -> None:
     worker, go_on = Worker(beside=True), threading.Event()
-    future = worker.submit(lambda: go_on.wait(60))
+    future = worker.submit("wait", lambda: go_on.wait(60))
     assert not future.done()
     go_on.set()
     assert future.result() is True

@@ -46,7 +46,7 @@ def _token_losses(rank: int, world_size: int, layout: Layout) -> dict[tuple[str,
         length = batch.tokens.shape[1]
         ids = run.memory.hasher.rows(batch.tokens, batch.document_ids if cut else None)
         own_ids = ids[None, :, :, run.ranks.memory_positions(length)]
-        rows = StepRows(run.memory.worker.submit(lambda: run.memory.lookup.plan(own_ids)))
+        rows = StepRows(run.memory.worker.submit("plan", lambda: run.memory.lookup.plan(own_ids)))
         run.memory.fetch(rows)
         memory_LTBE = run.memory.of_microbatch(rows, 0)
         positions = run.ranks.token_positions(length)
