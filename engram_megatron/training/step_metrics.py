@@ -34,10 +34,12 @@ def gather_metrics(statistics: GatherStatistics, wait_s: float, ranks: Ranks) ->
 
 
 def table_metrics(memory: ConditionalMemory, num_steps: int, ranks: Ranks) -> dict[str, float]:
-    """Panel `tables/`: milliseconds per step that the tables' thread spent on each kind of task, mean over ranks, in the
-    `num_steps` steps since the last call; rows of the busiest owner in the last update as a multiple of the mean; share
-    of rows that never had a gradient, and what it says of collisions; root mean square of an update relative to that of
-    the weights. Collective."""
+    """Panel `tables/`. Collective.
+
+    Milliseconds per step that the tables' thread spent on each kind of task in the `num_steps` steps since the last
+    call, mean over ranks; rows of the busiest owner in the last update, as a multiple of the mean; share of rows that
+    never had a gradient, and what it says of collisions; root mean square of an update relative to that of the weights.
+    """
     update, shard = memory.adam.last_update, memory.shard
     seconds = memory.worker.take_seconds()
     sums = sum_over_ranks(

@@ -14,7 +14,7 @@ STEPS = 4
 
 
 class Case(NamedTuple):
-    """`slow_update_s`: how long the last rank's updates take. `barriers`: whether ranks of a node wait for one another."""
+    """`slow_update_s`: time that the last rank's updates take. `barriers`: do ranks of a node wait for one another?"""
 
     ranks_per_node: int
     overlap: bool
