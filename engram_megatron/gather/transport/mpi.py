@@ -37,7 +37,7 @@ class MpiTransport:
 
     def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         one_each = np.ones(self.size, np.int64)
-        return self.exchange(torch.from_numpy(counts), one_each, one_each, what="row counts").numpy()
+        return self.exchange(torch.from_numpy(counts), one_each, one_each, what="counts").numpy()
 
     def exchange(
         self,
