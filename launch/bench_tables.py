@@ -1,4 +1,4 @@
-"""Time the kernels on table rows against torch, C and the bare traffic, on row ids of real text.
+"""Time the tables against torch, C, bare traffic and bare transports, on row ids of real text.
 
     python launch/bench_tables.py [--text PATH] [--only NAME] [--threads N] [--repeats N]
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
 import torch
 
 from engram_data.errors import CorpusError
+from engram_megatron.benchmarks import huge_tables, node_tables
 from engram_megatron.benchmarks.measure import table
-from engram_megatron.benchmarks.row_ids import SAMPLE, read_tokens
+from engram_megatron.benchmarks.row_ids import SAMPLE, TextTokens, read_tokens
 from engram_megatron.benchmarks.row_kernels import (
     Setting,
     distinct,
@@ -30,15 +32,22 @@ from engram_megatron.benchmarks.row_kernels import (
     whole_path,
 )
 from engram_megatron.errors import UsageError
+from engram_megatron.layouts.forked_ranks import run_ranks
 
 SECTIONS = (hash_rows, distinct, gather, read, update, update_or_sweep, whole_path)
+# Those on several ranks, which print lines of their own.
+RANK_SECTIONS: dict[str, Callable[[TextTokens], Iterator[str]]] = {
+    "nodes": lambda text: node_tables.lines(text, NODE_ROWS, run_ranks),
+    "huge": lambda text: huge_tables.lines(run_ranks),
+}
+NODE_ROWS = 13_000_000  # 2 GiB of weights, 10 GiB of state that is taken as rows are updated
 MAX_TOKENS = 2_000_000
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=SAMPLE, metavar="PATH", help=".jsonl or .txt, plain, .xz or .gz")
-    names = [section.__name__ for section in SECTIONS]
+    names = [section.__name__ for section in SECTIONS] + list(RANK_SECTIONS)
     parser.add_argument("--only", choices=names, action="append", help="a part of the comparisons; may be repeated")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), metavar="N")
     parser.add_argument("--repeats", type=int, default=25, metavar="N", help="rounds whose median is taken")
@@ -55,6 +64,11 @@ def main() -> int:
     for section in SECTIONS:
         if arguments.only is None or section.__name__ in arguments.only:
             print("\n" + table(section(setting)), flush=True)
+    for name, lines in RANK_SECTIONS.items():
+        if arguments.only is None or name in arguments.only:
+            print(flush=True)
+            for line in lines(text):
+                print(line, flush=True)
     return 0
 
 

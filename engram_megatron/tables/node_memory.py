@@ -88,6 +88,10 @@ class NodeMemory:
         """Take all the memory now, so that it cannot run out later."""
         os.posix_fallocate(self._descriptor, 0, self.handle.num_bytes)
 
+    def resident_bytes(self) -> int:
+        """How much of it was ever written or read, by any process: that much memory it takes."""
+        return os.fstat(self._descriptor).st_blocks * 512
+
     def array(self, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:
         """A view of `shape` and `dtype` that starts `offset` bytes in; it keeps the memory mapped."""
         count = int(np.prod(shape, dtype=np.int64))
