@@ -40,7 +40,7 @@ RANK_SECTIONS: dict[str, Callable[[TextTokens], Iterator[str]]] = {
     "nodes": lambda text: node_tables.lines(text, NODE_ROWS, run_ranks),
     "huge": lambda text: huge_tables.lines(run_ranks),
 }
-NODE_ROWS = 13_000_000  # 2 GiB of weights, 10 GiB of state that is taken as rows are updated
+NODE_ROWS = 6_500_000  # 1 GiB of weights, 5 GiB of state
 MAX_TOKENS = 2_000_000
 
 

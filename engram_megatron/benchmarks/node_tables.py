@@ -177,8 +177,8 @@ def lines(text: TextTokens, num_rows: int, run: Callable[..., list[StepTimes]]) 
         exposed = times.give_back + times.update
         yield (
             f"{name}: plan {times.plan * 1e3:.0f} ms, first wave {times.first_wave * 1e3:.0f}, all waves "
-            f"{times.waves * 1e3:.0f}, return {times.give_back * 1e3:.0f}, update {times.update * 1e3:.0f}, all in turn "
-            f"{times.in_turn * 1e3:.0f}; beside a sleep as long {times.beside * 1e3:.0f}"
+            f"{times.waves * 1e3:.0f}, return {times.give_back * 1e3:.0f}, update {times.update * 1e3:.0f}, all in "
+            f"turn {times.in_turn * 1e3:.0f}; beside a sleep as long {times.beside * 1e3:.0f}"
         )
         yield _row(
             f"{name}: step, against sleep + return + update (at most 1.05)",
