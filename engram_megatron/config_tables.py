@@ -7,6 +7,14 @@ from typing import Literal
 
 from engram_megatron.config_fields import DType, check, free
 
+LAST_STEP_BYTES = 4
+BYTES_PER_PARAMETER = {"bfloat16": 12, "float32": 12, "float64": 24}  # weight (and remainder), two moments
+
+
+def row_bytes(row_dim: int, dtype: DType) -> int:
+    """Host memory of one row of the tables: weight, moments, the step of its last gradient."""
+    return row_dim * BYTES_PER_PARAMETER[dtype] + LAST_STEP_BYTES
+
 
 @dataclass(frozen=True, kw_only=True)
 class TablesConfig:

@@ -6,7 +6,7 @@ import json
 import lzma
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,30 +75,38 @@ def _train_each(_rank: int, _world_size: int, starts: list[Start], ports: list[i
 
     from engram_megatron import platform
     from engram_megatron.training import parallel
+    from engram_megatron.training.checkpointing import Checkpointer
     from engram_megatron.training.run import train
 
     platform.limit_threads(1)
     results: list[Any] = []
     dist.destroy_process_group()
+    write = Checkpointer._write
     for start, port in zip(starts, ports, strict=False):
         os.environ["MASTER_PORT"] = str(port)
+        Checkpointer._write = _within(start.max_file_bytes, write)  # type: ignore[method-assign]
         try:
-            stop = _stop_after(start)
-            _limit_files(start.max_file_bytes)
-            results.append(train(start.config, resume=start.resume, stop=stop))
+            results.append(train(start.config, resume=start.resume, stop=_stop_after(start)))
         except Exception as error:
             results.append((type(error).__name__, str(error)))
             parallel.close()
-        _limit_files(None)
     os.environ["MASTER_PORT"] = str(ports[-1])
     dist.init_process_group("gloo")  # `run_ranks` ends with it
     return results
 
 
-def _limit_files(num_bytes: int | None) -> None:
-    """Writes beyond `num_bytes` of a file fail with an OSError, as on a full disk. None: no limit."""
-    limits = (resource.RLIM_INFINITY if num_bytes is None else num_bytes, resource.RLIM_INFINITY)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def _within(num_bytes: int | None, write: Callable[..., None]) -> Callable[..., None]:
+    """`write`, in which writes beyond `num_bytes` of a file fail with an OSError, as on a full disk. None: no limit."""
+
+    def limited(*arguments: Any) -> None:
+        everything = resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (everything if num_bytes is None else num_bytes, everything))
+        try:
+            write(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (everything, everything))
+
+    return limited
 
 
 def _stop_after(start: Start) -> Any:
@@ -136,6 +144,20 @@ def tables(checkpoint: Path) -> dict[str, Any]:
     group = zarr.open_group(checkpoint / "tables.zarr", mode="r")
     arrays = {name: np.asarray(group[name][:]) for name in ("weight", "exp_avg", "exp_avg_sq", "last_step")}
     return arrays | {"step_count": group.attrs["step_count"]}
+
+
+def finished_weights(checkpoint: Path) -> Any:
+    """The weights of all rows as of the checkpoint's step: what is stored is each row as its last gradient left it."""
+    from engram_checkpoints.tables import load_shard
+    from engram_kernels.catch_up import CatchUp
+    from engram_megatron.optimizer.row_adam import RowAdam
+    from engram_megatron.tables.row_layout import RowLayout
+    from engram_megatron.tables.table_shard import TableShard
+
+    rows, row_dim = tables(checkpoint)["weight"].shape
+    adam = RowAdam(TableShard(RowLayout(rows, 4096, 1), 0, row_dim), CatchUp(0.9, 0.95, 1e-20))
+    load_shard(checkpoint / "tables.zarr", adam)
+    return adam.shard.finished(adam.read_as_of)
 
 
 def backbone(checkpoint: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engram_kernels.row_state import row_bytes
 from engram_megatron.config import RunConfig
+from engram_megatron.config_tables import row_bytes
 from engram_megatron.model.activation_memory import activation_bytes, passes_in_flight
 from engram_megatron.model.counts import TensorSpec
 from engram_megatron.model.placement import (
@@ -22,7 +22,6 @@ from engram_megatron.model.placement import (
     specs_on,
     weight_bytes,
 )
-from engram_megatron.tables.host_memory import stored_dtype
 
 StateShares = Callable[[Sequence[TensorSpec]], Sequence[float]]
 
@@ -90,4 +89,4 @@ def _table_row_bytes(config: RunConfig) -> int:
     """Bytes of one table row with its moments."""
     if config.engram is None:
         return 0
-    return row_bytes(stored_dtype(config.tables.dtype), config.engram.row_dim)
+    return row_bytes(config.engram.row_dim, config.tables.dtype)

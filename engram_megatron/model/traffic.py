@@ -162,7 +162,8 @@ def _tables(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Tran
     row_bytes = engram.row_dim * DTYPE_BYTES[tables.dtype]
     gradient_bytes = engram.row_dim * max(FLOAT32_BYTES, DTYPE_BYTES[tables.dtype])
     asked = rank_lookups(config, world_size, pipeline_rank)
-    ids = asked * ID_BYTES
+    # With the ids travel their counts per wave, and beside every exchange a checksum to each node.
+    ids = (asked + nodes * (3 + 2 * tables.waves)) * ID_BYTES
     tokens = config.training.global_batch_size * config.data.sequence_length
     asked_of_one = tokens * len(engram.layer_numbers) * engram.num_heads / world_size
     return [

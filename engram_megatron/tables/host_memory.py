@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil  # type: ignore[import-untyped]
 
-from engram_kernels.row_state import row_bytes
-from engram_megatron.config_fields import DType
+from engram_megatron.config_fields import DTYPE_BYTES, DType
+from engram_megatron.config_tables import LAST_STEP_BYTES, row_bytes
 from engram_megatron.errors import UsageError
 from engram_megatron.tables.row_layout import RowLayout
 
 GIB = 1024**3
-LAST_STEP_BYTES = 4
 
 
 PAGE_BYTES = 4096
-
-
-def stored_dtype(dtype: DType) -> np.dtype[Any]:
-    """How a table's weights are stored: the bits of bfloat16 as uint16."""
-    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 def touched_bytes(touched_rows: int, num_rows: int, row_dim: int, dtype: DType) -> int:
@@ -30,9 +22,8 @@ def touched_bytes(touched_rows: int, num_rows: int, row_dim: int, dtype: DType) 
 
     Rows lie anywhere, so each takes whole pages of its own of every array, until all pages are taken.
     """
-    stored = stored_dtype(dtype)
-    weight_bytes = stored.itemsize * row_dim
-    state_bytes = row_bytes(stored, row_dim) - weight_bytes - LAST_STEP_BYTES
+    weight_bytes = DTYPE_BYTES[dtype] * row_dim
+    state_bytes = row_bytes(row_dim, dtype) - weight_bytes - LAST_STEP_BYTES
     pages = 0
     for size in (weight_bytes, state_bytes, LAST_STEP_BYTES):
         per_row = 1 + -(-size // PAGE_BYTES)  # a row may lie across the border of two pages
@@ -51,7 +42,7 @@ def check_host_memory(
     # Shard 0 is never smaller than another: every rank judges its host by the same number.
     num_rows = layout.num_local_rows(0)
     if touched_rows is None:
-        of_shard, kind = num_rows * row_bytes(stored_dtype(dtype), row_dim), "all rows"
+        of_shard, kind = num_rows * row_bytes(row_dim, dtype), "all rows"
         cure = "use more hosts, lower engram.rows_per_head or engram.memory_dim, or set tables.commit=lazy"
     else:
         of_shard = touched_bytes(min(touched_rows, num_rows), num_rows, row_dim, dtype)
@@ -61,7 +52,7 @@ def check_host_memory(
         raise UsageError(
             f"Engram tables need {needed / GIB:.2f} GiB of host memory here ({kind}; {shards_on_host} of "
             f"{layout.num_shards} shards of {layout.total_rows} rows x {row_dim} columns, {dtype} weights and two Adam "
-            f"moments, {row_bytes(stored_dtype(dtype), row_dim)} bytes a row), {free / GIB:.2f} GiB are free; {cure}"
+            f"moments, {row_bytes(row_dim, dtype)} bytes a row), {free / GIB:.2f} GiB are free; {cure}"
         )
 
 

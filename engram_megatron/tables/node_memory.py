@@ -6,6 +6,7 @@ nothing behind, and no /dev/shm limits its size. Others open it by the process t
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from dataclasses import dataclass
@@ -49,11 +50,16 @@ class NodeMemory:
         flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB if reserved else 0)
         name = f"engram_{os.urandom(8).hex()}"
         descriptor = os.memfd_create(name, flags)
-        os.ftruncate(descriptor, num_bytes)
         try:
+            os.ftruncate(descriptor, num_bytes)
             memory = cls(descriptor, num_bytes, MemoryHandle(os.getpid(), descriptor, num_bytes, name))
         except OSError as error:
             os.close(descriptor)
+            if error.errno == errno.EFBIG:
+                raise UsageError(
+                    f"Engram tables need {num_bytes} bytes of shared memory for this rank, which a limit on the size "
+                    "of files forbids (ulimit -f); lift it"
+                ) from error
             if not reserved:
                 raise
             raise UsageError(

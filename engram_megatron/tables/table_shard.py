@@ -18,7 +18,8 @@ from engram_kernels.row_adam import read_rows
 from engram_kernels.row_state import RowState, compute_dtype, state_width
 from engram_kernels.split_float import bfloat16_to_float32, round_to_bfloat16
 from engram_megatron.config_fields import DType
-from engram_megatron.tables.host_memory import LAST_STEP_BYTES, check_host_memory, stored_dtype
+from engram_megatron.config_tables import LAST_STEP_BYTES
+from engram_megatron.tables.host_memory import check_host_memory
 from engram_megatron.tables.node_memory import HugePages, MemoryHandle, NodeMemory
 from engram_megatron.tables.row_init import fill_initial_rows, initial_rows
 from engram_megatron.tables.row_layout import Block, RowLayout
@@ -112,7 +113,7 @@ class TableShard:
         self.memory = memory
         self.initial: InitialRows | None = None
         self.touched_rows = 0  # that ever had a gradient
-        num_rows, stored = layout.num_local_rows(shard), stored_dtype(dtype)
+        num_rows, stored = layout.num_local_rows(shard), _stored(dtype)
         state_at, last_step_at, _ = _offsets(num_rows, row_dim, dtype)
         self.rows = RowState(
             memory.array((num_rows, row_dim), stored),
@@ -223,9 +224,14 @@ class TableShard:
         return initial_rows(rows, self.row_dim, self.wide, self.initial.seed, self.initial.std)
 
 
+def _stored(dtype: DType) -> np.dtype[Any]:
+    """How weights are stored: the bits of bfloat16 as uint16."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
 def _offsets(num_rows: int, row_dim: int, dtype: DType) -> tuple[int, int, int]:
     """Where in a shard's memory the state and the last steps begin, and where they end."""
-    stored = stored_dtype(dtype)
+    stored = _stored(dtype)
     state_bytes = state_width(stored, row_dim) * compute_dtype(stored).itemsize
     state_at = _aligned(num_rows * row_dim * stored.itemsize)
     last_step_at = _aligned(state_at + num_rows * state_bytes)

@@ -79,7 +79,7 @@ def test_tables_serve_from_every_rank_and_ask_from_pipeline_ranks_with_engram_la
     both_layers = _sent(_tiny(), 2)
     assert both_layers["table gradients (upper bound)"] == TOKENS // 2 * 2 * memory_bytes // 2  # half is at home
     assert both_layers["table rows (upper bound)"] == both_layers["table gradients (upper bound)"]
-    assert both_layers["table row ids (upper bound)"] == (TOKENS // 2 * 2 * heads + 2) * 8 // 2
+    assert both_layers["table row ids (upper bound)"] == (TOKENS // 2 * 2 * heads + 2 * 7) * 8 // 2
     ranks = [_sent(_tiny(pipeline=4), 4, rank) for rank in range(4)]
     asked = TOKENS * memory_bytes * 3 // 4
     assert [sent["table gradients (upper bound)"] for sent in ranks] == [0, asked, asked, 0]

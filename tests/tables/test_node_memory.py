@@ -80,6 +80,17 @@ def test_process_of_another_container_with_the_same_number_is_not_taken_for_it()
         NodeMemory.open(replace(memory.handle, name=other.handle.name))
 
 
+def test_limit_on_the_size_of_files_is_told() -> None:
+    code = (
+        "import resource\n"
+        "from engram_megatron.tables.node_memory import NodeMemory\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "NodeMemory.create(5000)\n"
+    )
+    refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "need 5000 bytes of shared memory for this rank" in refused.stderr.splitlines()[-1]
+
+
 def test_too_few_reserved_huge_pages_are_told_with_the_numbers() -> None:
     with pytest.raises(UsageError, match=r"needs 524288 free huge pages of 2 MiB .* are free .*huge_pages=transparent"):
         NodeMemory.create(2**40, "reserved")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_run import Start, backbone, metrics, run_starts, tables, tiny_config, train_losses
+from tiny_run import Start, backbone, finished_weights, metrics, run_starts, tables, tiny_config, train_losses
 
 pytestmark = pytest.mark.usefixtures("runs")
 
@@ -97,7 +97,8 @@ def test_init_from_takes_weights_and_tables_and_nothing_else(runs: tuple[Path, l
     assert moments
     assert [name for name in moments if torch.count_nonzero(found[name])] == []
     rows, started_rows = tables(before), tables(after)
-    np.testing.assert_array_equal(started_rows["weight"], rows["weight"])
+    np.testing.assert_array_equal(started_rows["weight"], finished_weights(before))
+    assert (started_rows["weight"] != rows["weight"]).any(), "no row was behind"
     assert not started_rows["exp_avg"].any()
     assert not started_rows["exp_avg_sq"].any()
     assert started_rows["step_count"] == 0
