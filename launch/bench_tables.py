@@ -19,16 +19,8 @@ import torch
 from engram_data.errors import CorpusError
 from engram_megatron.benchmarks.measure import table
 from engram_megatron.benchmarks.row_ids import SAMPLE, read_tokens
-from engram_megatron.benchmarks.row_kernels import (
-    Setting,
-    distinct,
-    gather,
-    hash_rows,
-    read,
-    update,
-    update_or_sweep,
-    whole_path,
-)
+from engram_megatron.benchmarks.row_kernels import Setting, distinct, gather, hash_rows
+from engram_megatron.benchmarks.row_updates import read, update, update_or_sweep, whole_path
 from engram_megatron.errors import UsageError
 
 SECTIONS = (hash_rows, distinct, gather, read, update, update_or_sweep, whole_path)
