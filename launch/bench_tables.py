@@ -21,16 +21,8 @@ from engram_data.errors import CorpusError
 from engram_megatron.benchmarks import huge_tables, node_tables
 from engram_megatron.benchmarks.measure import table
 from engram_megatron.benchmarks.row_ids import SAMPLE, TextTokens, read_tokens
-from engram_megatron.benchmarks.row_kernels import (
-    Setting,
-    distinct,
-    gather,
-    hash_rows,
-    read,
-    update,
-    update_or_sweep,
-    whole_path,
-)
+from engram_megatron.benchmarks.row_kernels import Setting, distinct, gather, hash_rows
+from engram_megatron.benchmarks.row_updates import read, update, update_or_sweep, whole_path
 from engram_megatron.errors import UsageError
 from engram_megatron.layouts.forked_ranks import run_ranks
 

@@ -29,7 +29,7 @@ from engram_kernels.prefetch import prefetch_bytes
 from engram_kernels.row_state import RowState
 from engram_kernels.split_float import high_half, low_half, whole
 
-_ROWS_AHEAD = 4  # a record has a dozen cache lines: more rows ahead would drive each other out
+_ROWS_AHEAD = 2  # a record has a dozen cache lines: with more rows ahead they drive each other out
 _ROWS_PER_TASK = 256
 
 
@@ -64,7 +64,7 @@ def read_rows(
     check_rows(rows, table.num_rows)
     _read(
         table.weight,
-        table.remainder,
+        _halves(table),
         table.state,
         table.last_step,
         rows,
@@ -101,7 +101,7 @@ def update_rows(
     assert gradients.dtype == table.state.dtype, (gradients.dtype, table.state.dtype)
     _update(
         table.weight,
-        table.remainder,
+        _halves(table),
         table.state,
         table.last_step,
         rows,
@@ -134,6 +134,14 @@ def _constants(table: RowState, catch_up: CatchUp, lr: float, scale: float) -> _
     )
 
 
+def _halves(table: RowState) -> NDArray[np.int16] | None:
+    """The records as int16 [n, 2S], remainders from column 4D on; None where the weights are whole.
+
+    Not `table.remainder`: only whole rows are an array that the compiler knows to be contiguous, and vectorises.
+    """
+    return table.state.view(np.int16) if table.is_split else None
+
+
 @njit(nogil=True, cache=True)
 def _is_strictly_rising(rows: Any) -> Any:
     rising = True
@@ -145,7 +153,7 @@ def _is_strictly_rising(rows: Any) -> Any:
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def _read(
     weight: Any,
-    remainder: Any,
+    halves: Any,
     state: Any,
     last_step: Any,
     rows: Any,
@@ -173,9 +181,9 @@ def _read(
             place = places[i] if places.size > 0 else i
             last = np.int64(last_step[row])
             if 0 < last < step:
-                _load_row(weight, remainder, row, work)
+                _load_row(weight, halves, row, work)
                 _catch_up_row(state, row, last, step, tables, constants, window, is_closed, work)
-                _store_copy(remainder, out, place, work)
+                _store_copy(halves, out, place, work)
             else:
                 for column in range(row_dim):
                     out[place, column] = weight[row, column]
@@ -184,7 +192,7 @@ def _read(
 @njit(nogil=True, cache=True, parallel=True, error_model="numpy")
 def _update(
     weight: Any,
-    remainder: Any,
+    halves: Any,
     state: Any,
     last_step: Any,
     rows: Any,
@@ -209,13 +217,13 @@ def _update(
             row = rows[i]
             last = np.int64(last_step[row])
             decay1, decay2 = constants.one, constants.one
-            _load_row(weight, remainder, row, work)
+            _load_row(weight, halves, row, work)
             if 0 < last < steps_done and not touched_only:
                 _catch_up_row(state, row, last, steps_done, tables, constants, window, is_closed, work)
                 decay1 = state.dtype.type(tables.powers1[steps_done - last])
                 decay2 = state.dtype.type(tables.powers2[steps_done - last])
             _adam_row(state, row, gradients, i, decay1, decay2, constants, work)
-            _store_row(weight, remainder, row, work)
+            _store_row(weight, halves, row, work)
             last_step[row] = steps_done + 1
 
 
@@ -226,29 +234,29 @@ def _prefetch_row(array: Any, row: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _load_row(weight: Any, remainder: Any, row: Any, work: Any) -> None:
+def _load_row(weight: Any, halves: Any, row: Any, work: Any) -> None:
     """The trained weights of `row` to work[0]."""
     for column in range(work.shape[1]):
-        if remainder is None:
+        if halves is None:
             work[0, column] = weight[row, column]
         else:
-            work[0, column] = whole(weight[row, column], remainder[row, column])
+            work[0, column] = whole(weight[row, column], halves[row, 4 * work.shape[1] + column])
 
 
 @njit(nogil=True, cache=True)
-def _store_row(weight: Any, remainder: Any, row: Any, work: Any) -> None:
+def _store_row(weight: Any, halves: Any, row: Any, work: Any) -> None:
     for column in range(work.shape[1]):
-        if remainder is None:
+        if halves is None:
             weight[row, column] = work[0, column]
         else:
             weight[row, column] = high_half(work[0, column])
-            remainder[row, column] = low_half(work[0, column])
+            halves[row, 4 * work.shape[1] + column] = low_half(work[0, column])
 
 
 @njit(nogil=True, cache=True)
-def _store_copy(remainder: Any, out: Any, place: Any, work: Any) -> None:
+def _store_copy(halves: Any, out: Any, place: Any, work: Any) -> None:
     for column in range(work.shape[1]):
-        if remainder is None:
+        if halves is None:
             out[place, column] = work[0, column]
         else:
             out[place, column] = high_half(work[0, column])
