@@ -7,27 +7,33 @@ field must stay (`training.resume` compares them).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite, prod
-from typing import Any, Literal
+from typing import Literal
 
-from engram_megatron.errors import UsageError
+from engram_megatron.config_fields import DTYPE_BYTES, RESUME_FREE, DType, check, free
+from engram_megatron.config_tables import TablesConfig
 
-RESUME_FREE = {"resume": "free"}
-DType = Literal["bfloat16", "float32", "float64"]
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+__all__ = [
+    "DTYPE_BYTES",
+    "RESUME_FREE",
+    "AttentionConfig",
+    "CheckpointConfig",
+    "DType",
+    "DataConfig",
+    "EngramConfig",
+    "HyperConnectionConfig",
+    "MTPConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TablesConfig",
+    "TrainingConfig",
+]
+
 RecomputedModule = Literal["attention", "core_attention", "feed_forward", "mhc", "engram"]
-
-
-def free(default: Any) -> Any:
-    """A field that may change at a resume."""
-    return field(default=default, metadata=RESUME_FREE)
-
-
-def check(condition: bool, message: str) -> None:
-    """Raise `UsageError(message)` unless `condition`."""
-    if not condition:
-        raise UsageError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +179,6 @@ class EngramConfig:
     norm_eps: float = 1e-20  # of the key and query norms
     conv_norm_eps: float = 1e-5  # the demo's; at 1e-20 the gradient at a zero value would be multiplied by 1e10
     cut_at_documents: bool = True  # n-gram windows and convolution restart at document starts
-    block_rows: int = 4096  # rows are dealt to ranks in blocks of this many; a block is a zarr chunk of a checkpoint
-    table_dtype: Literal["float32", "float64"] = "float32"
 
     @property
     def num_heads(self) -> int:
@@ -207,7 +211,6 @@ class EngramConfig:
             f"= {self.max_ngram_order - 1} * {self.num_heads_per_order} = {self.num_heads}",
         )
         check(self.rows_per_head >= 2, f"engram.rows_per_head = {self.rows_per_head} must be at least 2")
-        check(self.block_rows >= 1, f"engram.block_rows = {self.block_rows} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,6 +382,7 @@ class RunConfig:
     run_dir: str = free("")
     model: ModelConfig = ModelConfig()
     engram: EngramConfig | None = EngramConfig()  # None: the same backbone without conditional memory
+    tables: TablesConfig = TablesConfig()
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
@@ -390,6 +394,7 @@ class RunConfig:
         self.model.validate()
         if self.engram is not None:
             self.engram.validate(self.model.num_layers)
+            self.tables.validate(self.engram.row_dim)
         self.parallel.validate()
         self.optimizer.validate()
         self.data.validate()

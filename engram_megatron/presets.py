@@ -19,6 +19,7 @@ from engram_megatron.config import (
     MoEConfig,
     OptimizerConfig,
     RunConfig,
+    TablesConfig,
     TrainingConfig,
 )
 from engram_megatron.errors import UsageError
@@ -26,7 +27,11 @@ from engram_megatron.errors import UsageError
 
 def engram_27b() -> RunConfig:
     """Engram-27B: 55 routed experts and 5.792B table parameters at layers 2 and 15."""
-    return RunConfig(name="engram_27b", model=ModelConfig(moe=MoEConfig(num_experts=55)))
+    return RunConfig(
+        name="engram_27b",
+        model=ModelConfig(moe=MoEConfig(num_experts=55)),
+        tables=TablesConfig(dtype="bfloat16"),
+    )
 
 
 def engram_40b() -> RunConfig:
@@ -66,8 +71,8 @@ def engram_tiny() -> RunConfig:
             num_heads_per_order=4,
             rows_per_head=8573,
             memory_dim=128,
-            block_rows=2048,
         ),
+        tables=TablesConfig(block_rows=2048),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=20),
         data=DataConfig(sequence_length=192),
         checkpoint=CheckpointConfig(every_steps=150, keep_last=2),

@@ -101,7 +101,7 @@ def dense_table(config: RunConfig, total_rows: int) -> Any:
     from engram_megatron.tables.row_init import fill_initial_rows
 
     assert config.engram is not None
-    weight = np.zeros((total_rows, config.engram.row_dim), config.engram.table_dtype)
+    weight = np.zeros((total_rows, config.engram.row_dim), config.tables.dtype)
     fill_initial_rows(weight, 0, config.training.seed, config.engram.init_std)
     return torch.nn.Embedding(total_rows, config.engram.row_dim, _weight=torch.from_numpy(weight))
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from dense_run import expert_biases, largest_difference, relative_difference, whole_table
-from small_run import build_small_run, global_batch, microbatches, numbers
+from small_run import build_small_run, finished_table, global_batch, microbatches, numbers
 
 from engram_megatron.layouts.compare import live, whole_tensors
 from engram_megatron.layouts.records import Shard
@@ -26,17 +26,17 @@ def train(rank: int, world_size: int, config: Any, num_steps: int) -> dict[str, 
     run = build_small_run(config, rank, world_size)
     layout, ranks = run.memory.lookup.layout, run.ranks
     applied: dict[str, Any] = {}
-    memory_step, start = run.memory.step, run.memory.lookup.start
+    memory_step, plan = run.memory.step, run.memory.lookup.plan
 
     def record_step(gradients: Any, learning_rate: float, scale: float) -> None:
         applied["rows"] = (layout.global_row(rank, gradients.local_rows), gradients.gradients * scale)
         memory_step(gradients, learning_rate, scale)
 
-    def record_start(ids: Any) -> Any:
+    def record_plan(ids: Any) -> Any:
         applied["ids"] = ids.copy()
-        return start(ids)
+        return plan(ids)
 
-    run.memory.step, run.memory.lookup.start = record_step, record_start
+    run.memory.step, run.memory.lookup.plan = record_step, record_plan
 
     def shards(gradients: bool) -> dict[str, Shard]:
         return {
@@ -55,7 +55,7 @@ def train(rank: int, world_size: int, config: Any, num_steps: int) -> dict[str, 
     return {
         "initial": initial,
         "steps": steps,
-        "table": (owned, run.memory.shard.weight.copy()),
+        "table": (owned, finished_table(run.memory)),
         "expert_bias": expert_biases(run.chunks),
     }
 

@@ -96,6 +96,13 @@ def small_hasher(config: RunConfig) -> Any:
     return small_model.hasher_of(config)
 
 
+def finished_table(memory: Any) -> np.ndarray[Any, Any]:
+    """This rank's rows as the updates so far have left them."""
+    memory.finish()
+    table: np.ndarray[Any, Any] = memory.shard.finished(memory.adam.read_as_of)
+    return table
+
+
 def numbers(tensor: Any) -> np.ndarray[Any, Any]:
     """A copy in numpy."""
     copy: np.ndarray[Any, Any] = tensor.detach().cpu().numpy().copy()

@@ -28,7 +28,7 @@ TINY = (
     *("model.attention.rope_head_dim=8", "model.attention.value_head_dim=16", "model.mhc.num_streams=2"),
     *("model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.expert_ffn_size=32"),
     *("engram.layer_numbers=2", "engram.hash_seed_ids=2", "engram.num_heads_per_order=2"),
-    *("engram.rows_per_head=509", "engram.memory_dim=32", "engram.block_rows=512", "data.sequence_length=64"),
+    *("engram.rows_per_head=509", "engram.memory_dim=32", "tables.block_rows=512", "data.sequence_length=64"),
     *("training.global_batch_size=4", "training.micro_batch_size=2", "training.num_steps=6"),
     *("training.validation_batches=1", "training.validate_every_steps=0", "checkpoint.every_steps=2"),
     *("optimizer.warmup_steps=2", "parallel.expert=2", "parallel.collective_timeout_s=60"),
@@ -134,7 +134,7 @@ def tables(checkpoint: Path) -> dict[str, Any]:
     import zarr
 
     group = zarr.open_group(checkpoint / "tables.zarr", mode="r")
-    arrays = {name: np.asarray(group[name][:]) for name in ("weight", "exp_avg", "exp_avg_sq")}
+    arrays = {name: np.asarray(group[name][:]) for name in ("weight", "exp_avg", "exp_avg_sq", "last_step")}
     return arrays | {"step_count": group.attrs["step_count"]}
 
 

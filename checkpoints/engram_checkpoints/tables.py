@@ -1,13 +1,18 @@
 """Tables and their Adam moments in one zarr v3 group, written and read by any number of ranks.
 
-    tables.zarr/                attributes: total_rows, row_dim, block_rows, dtype, step_count
-      weight/                   [total_rows, row_dim], one chunk per row block: c.<block>.0
+    tables.zarr/                attributes: total_rows, row_dim, block_rows, dtype, step_count, update, initial
+      weight/                   [total_rows, row_dim] float32 (float64), one chunk per row block: c.<block>.0
       exp_avg/  exp_avg_sq/     likewise
+      last_step/                [total_rows] int32, likewise: c.<block>
+      learning_rates/           [step_count] float64, one chunk
 
 The arrays are global and know no rank: a block has one owner, so a chunk has one writer and is always written whole.
-Which rows were ever touched is not stored: a row is touched where a moment is not zero, and with zero moments both
-answers move it alike. Chunks carry a CRC-32C over the compressed bytes, so damage and truncation are found; a missing
-chunk, which zarr would read as zeros, is looked for. One block is in flight at a time.
+Weights are exact: bfloat16 tables save the float32 numbers that they are trained as. A row is saved as its last
+gradient left it; what has become of it since follows from `last_step` and the learning rates of all steps (see
+`CatchUp`), so nothing is brought up to date for a save. A block of which no row ever had a gradient is left out where
+it has its initial values, a function of `initial` (seed, std). Chunks carry a CRC-32C over the compressed bytes, so
+damage and truncation are found; a missing chunk, which zarr would read as zeros, is looked for. One block is in flight
+at a time.
 
 Compression is LZ4 after a byte shuffle: where it was measured it cost no time over none, took 5 % off normally
 distributed float32 values and all but 0.5 % of the zeros of untouched rows' moments. zstd and bitshuffle took 3 to 4 %
@@ -25,115 +30,179 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from engram_megatron.errors import UsageError
+from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.row_layout import Block
-from engram_megatron.tables.table_shard import TableShard
+from engram_megatron.tables.table_shard import InitialRows, TableShard
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LAST_STEP, LEARNING_RATES = "last_step", "learning_rates"
+_ATTRIBUTES = ("total_rows", "row_dim", "dtype", "block_rows", "step_count", "update", "initial")
 
 
-def create(path: Path, shard: TableShard) -> None:
-    """Make the empty group for the table that `shard` is part of. One rank calls it; a barrier must follow.
+def create(path: Path, adam: RowAdam) -> None:
+    """Make the group for the table that `adam` updates a part of, without its rows. One rank calls it; a barrier must
+    follow.
 
     Raises `UsageError` where something stands at `path` already.
     """
-    layout = shard.layout
+    shard, layout = adam.shard, adam.shard.layout
     try:
         group = zarr.open_group(path, mode="w-", zarr_format=3)
     except FileExistsError as error:
         raise UsageError(f"{path} exists already; tables are never written over others, remove it first") from error
     for name in (WEIGHT, *MOMENTS):
-        group.create_array(
-            name,
-            shape=(layout.total_rows, shard.row_dim),
-            chunks=(layout.block_rows, shard.row_dim),
-            dtype=shard.dtype.name,
-            filters=None,
-            compressors=[
-                BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=shard.dtype.itemsize),
-                Crc32cCodec(),
-            ],
-            fill_value=0,
-            chunk_key_encoding={"name": "default", "separator": "."},
-        )
+        _create_array(group, name, (layout.total_rows, shard.row_dim), (layout.block_rows, shard.row_dim), shard.wide)
+    _create_array(group, LAST_STEP, (layout.total_rows,), (layout.block_rows,), np.dtype(np.int32))
+    rates = adam.catch_up.learning_rates[1:]
+    _create_array(group, LEARNING_RATES, rates.shape, (max(1, rates.size),), rates.dtype)[:] = rates
+    initial = shard.initial
     group.update_attributes(
         {
             "total_rows": layout.total_rows,
             "row_dim": shard.row_dim,
             "block_rows": layout.block_rows,
-            "dtype": shard.dtype.name,
-            "step_count": shard.step_count,
+            "dtype": shard.wide.name,
+            "step_count": adam.catch_up.step,
+            "update": "touched" if adam.touched_only else "dense",
+            "initial": None if initial is None else {"seed": initial.seed, "std": initial.std},
         }
+    )
+
+
+def _create_array(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype.name,
+        filters=None,
+        compressors=[BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=dtype.itemsize), Crc32cCodec()],
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        # By default zarr leaves out chunks of zeros; here a chunk that is not there is a lost one.
+        config={"write_empty_chunks": True},
     )
 
 
 def write_shard(path: Path, shard: TableShard) -> None:
     """Write this rank's rows into the group that `create` made. Ranks may write at the same time."""
-    for name in (WEIGHT, *MOMENTS):
-        # By default zarr leaves out chunks of zeros; here a chunk that is not there is a lost one.
-        array: Any = zarr.open_array(path / name, mode="r+", config={"write_empty_chunks": True})
-        rows = getattr(shard, name)
-        for block in shard.layout.blocks(shard.shard):
-            array[block.start : block.stop] = rows[block.local]
+    arrays: dict[str, Any] = {
+        name: zarr.open_array(path / name, mode="r+", config={"write_empty_chunks": True})
+        for name in (WEIGHT, *MOMENTS, LAST_STEP)
+    }
+    for block in shard.layout.blocks(shard.shard):
+        span = slice(block.start, block.stop)
+        last_step = shard.rows.last_step[block.local]
+        arrays[LAST_STEP][span] = last_step
+        if shard.initial is None or last_step.any():
+            arrays[WEIGHT][span] = shard.masters(block)
+            arrays["exp_avg"][span] = shard.rows.exp_avg[block.local]
+            arrays["exp_avg_sq"][span] = shard.rows.exp_avg_sq[block.local]
 
 
-def load_shard(path: Path, shard: TableShard, *, weights_only: bool = False) -> None:
-    """Fill `shard` with its rows, moments and step count from a group that any number of ranks wrote.
+def load_shard(path: Path, adam: RowAdam, *, weights_only: bool = False) -> None:
+    """Fill the shard of `adam` with its rows and moments, and its history with the steps so far, from a group that any
+    number of ranks wrote.
 
-    `weights_only` takes the weights and starts the optimizer anew. The block size may differ from the stored one; if
-    it is smaller, a stored chunk is read once per block of this shard that lies in it.
-    Raises `UsageError` where there is no such group, where its total_rows, row_dim or dtype is another, and for a
-    damaged or missing chunk, which it names.
+    `weights_only` takes the weights, as of the last step, and starts the optimizer anew. The block size may differ from
+    the stored one; where it is smaller, a stored chunk is read once per block of this shard that lies in it.
+    Raises `UsageError` where there is no such group, where its total_rows, row_dim or dtype is another, for a damaged
+    or missing chunk, which it names, and where a lazy shard cannot hold what the group has.
     """
-    group = _open_for(path, shard)
-    stored_block_rows = int(group.attrs["block_rows"])
-    shard.touched[:] = False
-    for name in (WEIGHT, *MOMENTS):
-        rows = getattr(shard, name)
-        if weights_only and name in MOMENTS:
-            rows[:] = 0
-            continue
-        array = group[name]
-        for block in shard.layout.blocks(shard.shard):
-            rows[block.local] = _read_block(path, array, name, block, stored_block_rows)
-            if name in MOMENTS:
-                shard.touched[block.local] |= (rows[block.local] != 0).any(axis=1)
-    shard.step_count = 0 if weights_only else int(group.attrs["step_count"])
+    shard = adam.shard
+    source = _Source(path, _open_for(path, shard))
+    if shard.commit == "lazy" and (weights_only or source.initial is None):
+        raise UsageError(
+            f"tables.commit = lazy makes rows from the seed until they are updated, but those of {path} were started "
+            "from another checkpoint (checkpoint.init_from); set tables.commit=eager"
+        )
+    if shard.commit == "eager":
+        shard.memory.commit()
+    adam.catch_up.replay(source.learning_rates())
+    shard.initial = source.initial
+    for block in shard.layout.blocks(shard.shard):
+        for piece in source.pieces(block):
+            _load_piece(source, shard, piece)
+        if weights_only:
+            as_of = adam.catch_up if source.catches_up else None
+            shard.rows.set_master(block.local, shard.finished_masters(block, as_of))
+            shard.rows.forget_steps(block.local)
+    if weights_only:
+        shard.initial = None
+        adam.catch_up.replay(np.empty(0))
+
+
+def _load_piece(source: _Source, shard: TableShard, piece: Block) -> None:
+    """Rows of one stored chunk; a lazy shard takes those that ever had a gradient."""
+    last_step = source.read(LAST_STEP, piece)
+    shard.rows.last_step[piece.local] = last_step
+    if source.initial is not None and not last_step.any():
+        if shard.commit == "eager":
+            shard.set_initial(piece)
+        return
+    rows = np.flatnonzero(last_step) if shard.commit == "lazy" else np.arange(piece.num_rows)
+    local = rows + piece.local_start
+    shard.rows.set_master(local, source.read(WEIGHT, piece)[rows])
+    shard.rows.exp_avg[local] = source.read("exp_avg", piece)[rows]
+    shard.rows.exp_avg_sq[local] = source.read("exp_avg_sq", piece)[rows]
 
 
 def _open_for(path: Path, shard: TableShard) -> Any:
     """The group at `path`, if its table is the one that `shard` is part of."""
     try:
         group = zarr.open_group(path, mode="r")
-        stored = {name: group.attrs[name] for name in ("total_rows", "row_dim", "dtype", "block_rows", "step_count")}
+        stored = {name: group.attrs[name] for name in _ATTRIBUTES}
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise UsageError(f"{path} holds no tables of a finished save: {error}") from error
-    wanted = {"total_rows": shard.layout.total_rows, "row_dim": shard.row_dim, "dtype": shard.dtype.name}
+    wanted = {"total_rows": shard.layout.total_rows, "row_dim": shard.row_dim, "dtype": shard.wide.name}
     for name, value in wanted.items():
         if stored[name] != value:
             raise UsageError(
                 f"tables in {path} have {name} = {stored[name]}, this run's have {value}; load them with the engram "
-                "settings (rows, heads, layers, memory_dim, table_dtype) that they were trained with"
+                "settings (rows, heads, layers, memory_dim) and tables.dtype that they were trained with"
             )
     return group
 
 
-def _read_block(path: Path, array: Any, name: str, block: Block, stored_block_rows: int) -> NDArray[Any]:
-    chunks = _chunks_of(block, stored_block_rows)
-    for chunk in chunks:
-        if not (path / name / chunk).is_file():
-            raise UsageError(f"{path}: chunk {name}/{chunk} {_rows(block)} is missing; use another save")
-    try:
-        return np.asarray(array[block.start : block.stop])
-    except Exception as error:  # each codec has its own class for bytes that it cannot decode
-        names = ", ".join(f"{name}/{chunk}" for chunk in chunks)
-        raise UsageError(f"{path}: chunk {names} {_rows(block)} is damaged ({error}); use another save") from error
+class _Source:
+    """The arrays of a group, read block by block of a layout whose blocks may have another size."""
 
+    def __init__(self, path: Path, group: Any) -> None:
+        self.path = path
+        self.group = group
+        self.block_rows = int(group.attrs["block_rows"])
+        self.catches_up = group.attrs["update"] == "dense"
+        initial = group.attrs["initial"]
+        self.initial = None if initial is None else InitialRows(int(initial["seed"]), float(initial["std"]))
 
-def _chunks_of(block: Block, stored_block_rows: int) -> list[str]:
-    """File names of the stored chunks that hold a block's rows."""
-    return [f"c.{n}.0" for n in range(block.start // stored_block_rows, (block.stop - 1) // stored_block_rows + 1)]
+    def pieces(self, block: Block) -> list[Block]:
+        """The rows of a block, cut where one stored chunk ends and the next begins; `number` is the chunk's."""
+        borders = range(block.start // self.block_rows * self.block_rows, block.stop, self.block_rows)
+        cuts = [(max(first, block.start), min(first + self.block_rows, block.stop)) for first in borders]
+        return [
+            Block(start // self.block_rows, start, stop, block.local_start + start - block.start)
+            for start, stop in cuts
+        ]
 
+    def read(self, name: str, piece: Block) -> NDArray[Any]:
+        """A piece's rows of array `name`; raises `UsageError` for a damaged or missing chunk."""
+        chunk = f"{name}/c.{piece.number}" + ("" if name == LAST_STEP else ".0")
+        rows = f"(rows {piece.start}..{piece.stop - 1})"
+        if not (self.path / chunk).is_file():
+            raise UsageError(f"{self.path}: chunk {chunk} {rows} is missing; use another save")
+        try:
+            return np.asarray(self.group[name][piece.start : piece.stop])
+        except Exception as error:  # each codec has its own class for bytes that it cannot decode
+            raise UsageError(f"{self.path}: chunk {chunk} {rows} is damaged ({error}); use another save") from error
 
-def _rows(block: Block) -> str:
-    return f"(rows {block.start}..{block.stop - 1})"
+    def learning_rates(self) -> NDArray[np.float64]:
+        """Of all steps so far; raises `UsageError` where they cannot be read."""
+        steps = int(self.group.attrs["step_count"])
+        chunk = self.path / LEARNING_RATES / "c.0"
+        if steps and not chunk.is_file():
+            raise UsageError(f"{self.path}: chunk {LEARNING_RATES}/c.0 is missing; use another save")
+        try:
+            return np.asarray(self.group[LEARNING_RATES][:])
+        except Exception as error:
+            raise UsageError(f"{self.path}: {LEARNING_RATES} is damaged ({error}); use another save") from error

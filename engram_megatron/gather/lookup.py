@@ -1,145 +1,219 @@
-"""The rows of a rank's batch as one differentiable tensor, and the way of their gradients to the owners.
+"""Rows of the sharded tables for a rank's batch, and the way of their gradients to the owners.
 
-    plan      distinct rows of the batch, grouped by owner
-    start     counts, then ids to the owners; owners read; rows back
-    wait      the rows become an autograd leaf on the model's device
-    expand    the rows of one microbatch, by backward accumulated in the leaf's gradient
-    return    gradients to the owners, which add up what several ranks found for a row
+    plan      distinct rows of the batch; merged per rail over the ranks of the node; ids to the owners' nodes
+    fetch     one wave: owners read for other nodes; rows over the network, once per node; every rank reads what its
+              node owns from shared memory, and the rest from what its node received
+    return    gradients, summed over the ranks of the node, to the owners, who sum over nodes
 
-Shape legend: U distinct rows of this rank's batch, R rows asked of this rank by all ranks together, D row_dim.
+All three are collective over all ranks, in one order on every rank; a thread of its own may drive them. Nothing here
+writes to a shard: rows are read as of `catch_up.step`, so a fetch must not run beside an update.
+
+Shape legend: U distinct rows of this rank's batch, M of its node on its rail, R rows that other nodes ask of this rank,
+D row_dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import EllipsisType
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engram_megatron import platform
-from engram_megatron.gather.plan import GatherPlan, make_plan
-from engram_megatron.gather.segment_sum import sum_by_row
+from engram_kernels.catch_up import CatchUp
+from engram_kernels.segment_sum import sum_by_row
+from engram_megatron.gather.groups import NodeGroups
+from engram_megatron.gather.plan import GatherPlan, Int64, NodeRequests, Route, make_plan, merge_requests
+from engram_megatron.gather.shared_buffer import SharedBuffers
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.gather.transport import Transport, TransportError
+from engram_megatron.gather.unique_rows import UniqueRows
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.tables.table_shard import TableShard
 
 ID_BYTES = 8
-Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Requests:
-    """What the ranks ask of this one: `local_rows` int64 [R], in the order of the asking ranks, of which
-    `counts` int64 [size] each."""
-
-    local_rows: NDArray[np.int64]
-    counts: NDArray[np.int64]
-
-
-class UniqueRows:
-    """The rows of a batch. `values` [U, D] is an autograd leaf on the model's device, in the dtype of the table."""
-
-    def __init__(
-        self, plan: GatherPlan, requests: Requests, values_UD: torch.Tensor, statistics: GatherStatistics
-    ) -> None:
-        self.plan = plan
-        self.requests = requests
-        self.statistics = statistics
-        self.values = values_UD.to(platform.device()).requires_grad_()
-        self._inverse = torch.from_numpy(plan.inverse).to(self.values.device)
-
-    def expand(self, index: Index = ...) -> torch.Tensor:
-        """Rows of `ids[index]` with a last dimension of D added; `index` is basic indexing of the ids given to `start`.
-
-        With the microbatch as the ids' first dimension, `expand(i)` is the memory of microbatch i. The backward adds
-        into `values.grad` and is bit-identical from run to run (torch sums embedding gradients in index order on the
-        CPU, by sorting on CUDA).
-        """
-        return torch.nn.functional.embedding(self._inverse[index], self.values)
-
-
-class PendingRows:
-    """A gather under way."""
-
-    def __init__(self, rows: UniqueRows) -> None:
-        self._rows = rows
-
-    def wait(self) -> UniqueRows:
-        """The rows, once they are here. Raises what went wrong on the way, `TransportError` among it."""
-        return self._rows
 
 
 class RowLookup:
-    """Reads and differentiates rows of the whole table on every rank; `shard` is what this rank owns of it.
+    """Reads and differentiates rows of the whole table on every rank.
 
-    `start` and `return_gradients` are collective over the transport's ranks: each rank calls them in the same order,
-    ranks without an Engram layer with no ids.
+    `shards` are those of this rank's node, by number on the node; `groups` its ways to the other ranks. Rows are read
+    as of `catch_up.step`; None: as they stand.
     """
 
-    def __init__(self, shard: TableShard, layout: RowLayout, transport: Transport) -> None:
-        assert shard.layout == layout, (shard.layout, layout)
-        assert (transport.size, transport.rank) == (layout.num_shards, shard.shard), (transport.size, layout)
-        self.shard = shard
-        self.layout = layout
-        self.transport = transport
+    def __init__(
+        self, shards: Sequence[TableShard], catch_up: CatchUp | None, groups: NodeGroups, num_waves: int = 1
+    ) -> None:
+        topology = groups.topology
+        self.shard = shards[topology.rail]
+        self.layout: RowLayout = self.shard.layout
+        assert (self.layout.num_nodes, self.layout.shards_per_node) == (topology.num_nodes, topology.ranks_per_node)
+        assert [shard.shard for shard in shards] == topology.node_groups()[topology.node]
+        self.shards = list(shards)
+        self.catch_up = catch_up
+        self.groups = groups
+        self.topology = topology
+        self.num_waves = num_waves
+        row_dim, stored = self.shard.row_dim, self.shard.rows.weight.dtype
+        self._received = SharedBuffers(groups.node_group, topology.rail, row_dim, stored)
+        self._gradients = SharedBuffers(groups.node_group, topology.rail, row_dim, self.shard.wide)
 
-    def start(self, ids: NDArray[np.int64]) -> PendingRows:
-        """Begin to fetch the rows of `ids` (int64 row ids, any shape, may be empty): all microbatches of a step.
+    def read(self, ids: Int64) -> UniqueRows:
+        """All rows of `ids` (int64 row ids, any shape, may be empty), here and now."""
+        rows = self.plan(ids)
+        for wave in range(self.num_waves):
+            self.fetch(rows, wave)
+        return rows
 
-        The shard must not change before `wait` returns.
-        """
-        plan = make_plan(ids, self.layout)
-        requests = self._exchange_requests(plan)
-        owned_RD = torch.from_numpy(self.shard.read(requests.local_rows))
-        values_UD = self.transport.exchange(owned_RD, requests.counts, plan.owner_counts, what="rows")
-        return PendingRows(UniqueRows(plan, requests, values_UD, self._count(plan, requests)))
+    def plan(self, ids: Int64) -> UniqueRows:
+        """Tell the owners which rows will be read: those of `ids` (int64, any shape, may be empty), all microbatches of
+        a step. With several waves the first dimension is that of microbatches (see `make_plan`)."""
+        plan = make_plan(ids, self.layout, self.num_waves)
+        requests, starts = self._merge(plan)
+        counts_NW = requests.counts.copy()
+        counts_NW[self.topology.node] = 0  # nothing is sent to oneself
+        asked_NW = _tell(self.groups.rail, counts_NW)
+        ids_out = torch.from_numpy(self._of_other_nodes(requests.rows, requests))
+        asked = self.groups.rail.exchange(
+            ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids"
+        ).numpy()
+        self._check_requests(asked, asked_NW.sum(axis=1))
+        arrivals = self._arrivals(plan, requests)
+        self._received.reserve(int(counts_NW.sum()))
+        route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals)
+        return UniqueRows(plan, route, self.shard.row_dim, self.shard.dtype)
+
+    def fetch(self, rows: UniqueRows, wave: int) -> None:
+        """Bring the rows of one wave into `rows.stored`, as of `catch_up.step`."""
+        self._receive(rows.route, wave)
+        self.groups.node_barrier()  # all of the node have received, and none updates its shard any more
+        wanted = rows.plan.waves == wave
+        owner = self.layout.owner(rows.plan.unique_rows)
+        for rail, shard in enumerate(self.shards):
+            places = np.flatnonzero(wanted & (owner == shard.shard))
+            local_rows = self.layout.local_index(rows.plan.unique_rows[places])
+            shard.read(local_rows, self.catch_up, rows.stored, places)
+            span = rows.plan.of_rail(rail)
+            places = span.start + np.flatnonzero(wanted[span] & (rows.route.arrivals[span] >= 0))
+            arrived = rows.route.arrivals[places]
+            if arrived.size:
+                rows.stored[places] = self._received.rows(rail, int(arrived.max()) + 1)[arrived]
+        self.groups.node_barrier()  # all of the node have read: buffers and shards may change
 
     def return_gradients(self, rows: UniqueRows) -> RowGradients:
-        """Send the gradients in `rows.values.grad` to the owners and return those of this rank's own rows.
+        """Send `rows.gradient` to the owners and return those of this rank's own rows.
 
-        A row's gradient is the sum over the ranks that used it, added in the order of ranks: bit-identical from run
-        to run. Every row that was asked for is there, with zeros where no loss depended on it.
+        A row's gradient is the sum over the ranks of a node in their order, then over nodes in theirs: bit-identical
+        from run to run. Every row that was asked for is there, with zeros where no loss depended on it.
         """
-        gradient_UD = rows.values.grad if rows.values.grad is not None else torch.zeros_like(rows.values)
-        received_RD = self.transport.exchange(
-            gradient_UD.cpu(), rows.plan.owner_counts, rows.requests.counts, what="gradients"
-        )
-        return RowGradients(*sum_by_row(rows.requests.local_rows, received_RD.numpy()))
-
-    def _exchange_requests(self, plan: GatherPlan) -> Requests:
-        counts = self.transport.exchange_counts(plan.owner_counts)
-        asked = self.transport.exchange(
-            torch.from_numpy(plan.unique_rows), plan.owner_counts, counts, what="row ids"
+        route = rows.route
+        summed_MD = self._sum_over_node(rows)
+        outgoing = torch.from_numpy(self._of_other_nodes(summed_MD, route.requests))
+        received_RD = self.groups.rail.exchange(
+            outgoing, route.counts_NW.sum(axis=1), route.asked_NW.sum(axis=1), what="gradients"
         ).numpy()
-        self._check_requests(asked, counts)
-        return Requests(self.layout.local_index(asked), counts)
+        own = route.requests.of_node(self.topology.node)
+        before = int(route.asked_NW[: self.topology.node].sum())
+        keys = np.concatenate([route.asked[:before], route.requests.rows[own], route.asked[before:]])
+        values = np.concatenate([received_RD[:before], summed_MD[own], received_RD[before:]])
+        return RowGradients(*sum_by_row(self.layout.local_index(keys), values))
 
-    def _check_requests(self, rows: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+    def statistics(self, rows: UniqueRows) -> GatherStatistics:
+        """What the gather of `rows`, with the return of their gradients, moves on this rank."""
+        asks, asked = int(rows.route.counts_NW.sum()), int(rows.route.asked_NW.sum())
+        row_bytes = self.shard.row_dim * self.shard.rows.weight.itemsize
+        gradient_bytes = self.shard.row_dim * self.shard.wide.itemsize
+        return GatherStatistics(
+            lookups=rows.plan.inverse.size,
+            unique_rows=rows.plan.unique_rows.size,
+            id_bytes_sent=asks * ID_BYTES,
+            id_bytes_received=asked * ID_BYTES,
+            row_bytes_sent=asked * row_bytes,
+            row_bytes_received=asks * row_bytes,
+            gradient_bytes_sent=asks * gradient_bytes,
+            gradient_bytes_received=asked * gradient_bytes,
+            node_row_bytes=int((rows.route.arrivals < 0).sum()) * row_bytes,
+        )
+
+    def _merge(self, plan: GatherPlan) -> tuple[NodeRequests, Int64]:
+        """The requests of this node on this rank's rail; where they begin in the plan of each rank of the node."""
+        starts = np.cumsum(plan.rail_counts) - plan.rail_counts
+        if self.topology.ranks_per_node == 1:
+            return merge_requests([plan.unique_rows], [plan.waves], self.layout, self.num_waves), starts
+        told = _tell(self.groups.node, np.stack([plan.rail_counts, starts], axis=1))
+        counts, starts = told[:, 0], told[:, 1]
+        sent = torch.from_numpy(np.stack([plan.unique_rows, plan.waves], axis=1))
+        asked = self.groups.node.exchange(sent, plan.rail_counts, counts, what="row ids").numpy()
+        pieces = np.split(asked, np.cumsum(counts)[:-1])
+        rows, waves = [piece[:, 0] for piece in pieces], [piece[:, 1] for piece in pieces]
+        return merge_requests(rows, waves, self.layout, self.num_waves), starts
+
+    def _arrivals(self, plan: GatherPlan, requests: NodeRequests) -> Int64:
+        """For each of this rank's distinct rows its place in what the rank of its rail receives; -1: in the node."""
+        arrivals = requests.arrivals(self.topology.node)
+        if self.topology.ranks_per_node == 1:
+            return arrivals[requests.places[0]]
+        counts = np.array([places.size for places in requests.places], np.int64)
+        answers = torch.from_numpy(np.concatenate([arrivals[places] for places in requests.places]))
+        return self.groups.node.exchange(answers, counts, plan.rail_counts, what="places of rows").numpy()
+
+    def _receive(self, route: Route, wave: int) -> None:
+        """Send what other nodes asked of this rank, and receive what its node asked on its rail."""
+        if self.topology.num_nodes == 1:
+            return
+        served = np.concatenate([route.asked[piece] for piece in route.asked_pieces(wave)])
+        outgoing = self.shard.read(self.layout.local_index(served), self.catch_up)
+        counts = route.counts_NW[:, wave]
+        # As bytes: gloo has no 16-bit numbers.
+        bytes_out = torch.from_numpy(outgoing.view(np.uint8))
+        arrived = self.groups.rail.exchange(bytes_out, route.asked_NW[:, wave], counts, what="rows").numpy()
+        first = int(route.counts_NW[:, :wave].sum())
+        buffer = self._received.rows(self.topology.rail, first + len(arrived))
+        buffer[first:] = arrived.view(buffer.dtype)
+
+    def _sum_over_node(self, rows: UniqueRows) -> NDArray[Any]:
+        """The gradients of the node's requests on this rank's rail, [M, D]."""
+        gradient_UD, requests = rows.gradient.cpu().numpy(), rows.route.requests
+        if self.topology.ranks_per_node == 1:
+            summed_MD = np.empty_like(gradient_UD)
+            summed_MD[requests.places[0]] = gradient_UD
+            return summed_MD
+        self._gradients.reserve(len(gradient_UD))
+        self._gradients.rows(self.topology.rail, len(gradient_UD))[:] = gradient_UD
+        self.groups.node_barrier()
+        pieces = []
+        for rail, places in enumerate(requests.places):
+            start = int(rows.route.starts[rail])
+            pieces.append(self._gradients.rows(rail, start + places.size)[start:])
+        summed_MD = sum_by_row(np.concatenate(requests.places), np.concatenate(pieces))[1]
+        self.groups.node_barrier()  # all have read: buffers may change
+        return summed_MD
+
+    def _of_other_nodes(self, values: NDArray[Any], requests: NodeRequests) -> NDArray[Any]:
+        """Of `values` [M, ...] those whose rows other nodes own."""
+        own = requests.of_node(self.topology.node)
+        return np.concatenate([values[: own.start], values[own.stop :]])
+
+    def _check_requests(self, rows: Int64, counts: Int64) -> None:
         """Raise `TransportError` for an id that this rank cannot have been asked for, naming who sent it."""
-        known = (rows >= 0) & (rows < self.layout.total_rows) & (self.layout.owner(rows) == self.shard.shard)
+        rank = self.topology.rank
+        known = (rows >= 0) & (rows < self.layout.total_rows) & (self.layout.owner(rows) == rank)
         if known.all():
             return
         first = int(np.flatnonzero(~known)[0])
-        source = int(np.searchsorted(np.cumsum(counts), first, side="right"))
+        node = int(np.searchsorted(np.cumsum(counts), first, side="right"))
+        source = self.topology.rail_groups()[self.topology.rail][node]
         raise TransportError(
-            f"rank {self.shard.shard} was asked by rank {source} for row {int(rows[first])}, which is none of its rows "
+            f"rank {rank} was asked by rank {source} for row {int(rows[first])}, which is none of its rows "
             f"({int((~known).sum())} of {rows.size} ids are wrong): either the ids were damaged on the way from rank "
             f"{source}, or rank {source} uses another layout than {self.layout}"
         )
 
-    def _count(self, plan: GatherPlan, requests: Requests) -> GatherStatistics:
-        row_bytes = self.shard.row_dim * self.shard.dtype.itemsize
-        asked_elsewhere = plan.unique_rows.size - int(plan.owner_counts[self.shard.shard])
-        asked_here = requests.local_rows.size - int(requests.counts[self.shard.shard])
-        return GatherStatistics(
-            lookups=plan.inverse.size,
-            unique_rows=plan.unique_rows.size,
-            id_bytes_sent=asked_elsewhere * ID_BYTES,
-            id_bytes_received=asked_here * ID_BYTES,
-            row_bytes_sent=asked_here * row_bytes,
-            row_bytes_received=asked_elsewhere * row_bytes,
-        )
+
+def _tell(transport: Transport, numbers: Int64) -> Int64:
+    """`numbers[r]` [size, ...] go to rank r of `transport`; the result's entry r came from rank r."""
+    one_each = np.ones(transport.size, np.int64)
+    told: Int64 = transport.exchange(torch.from_numpy(numbers), one_each, one_each, what="row counts").numpy()
+    return told

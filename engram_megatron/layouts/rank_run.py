@@ -62,7 +62,9 @@ class SmallRun:
         if self.memory is None:
             return NO_ROWS
         layout, shard = self.memory.lookup.layout, self.memory.shard
-        return Rows(layout.global_row(self.ranks.rank, np.arange(shard.num_rows)), shard.weight.copy())
+        self.memory.finish()
+        rows = layout.global_row(self.ranks.rank, np.arange(shard.num_rows))
+        return Rows(rows, shard.finished(self.memory.adam.read_as_of))
 
     def gradients(self, scale: float) -> dict[str, Shard]:
         """The reduced gradients by global name, times `scale`, copied. Collective."""

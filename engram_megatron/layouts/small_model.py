@@ -22,6 +22,7 @@ from engram_megatron.config import (
     MoEConfig,
     OptimizerConfig,
     RunConfig,
+    TablesConfig,
     TrainingConfig,
 )
 from engram_megatron.hashing.ngram_hasher import NgramHasher
@@ -56,9 +57,8 @@ def small_model_config(dtype: DType, overrides: Sequence[str] = ()) -> RunConfig
             num_heads_per_order=2,
             rows_per_head=101,
             memory_dim=16,
-            block_rows=32,
-            table_dtype=wide,
         ),
+        tables=TablesConfig(dtype=wide, block_rows=32),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, clip_grad_norm=0.5),
         data=DataConfig(sequence_length=LENGTH),
         training=TrainingConfig(num_steps=10, global_batch_size=GLOBAL_BATCH, micro_batch_size=1, dtype=dtype),

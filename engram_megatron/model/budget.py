@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil, lcm
 
-from engram_megatron.config import EngramConfig, MoEConfig, RunConfig, check
+from engram_megatron.config import EngramConfig, MoEConfig, RunConfig
+from engram_megatron.config_fields import check
 from engram_megatron.errors import UsageError
 from engram_megatron.model.counts import ParameterCounts, count_parameters, num_moe_layers, table_rows
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engram_megatron.config import RunConfig, check
+from engram_megatron.config import RunConfig
+from engram_megatron.config_fields import check
 from engram_megatron.model.pipeline_layout import pipeline_layout
 
 

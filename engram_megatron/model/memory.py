@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.config import DTYPE_BYTES, RunConfig
+from engram_kernels.row_state import row_bytes
+from engram_megatron.config import RunConfig
 from engram_megatron.model.activation_memory import activation_bytes, passes_in_flight
 from engram_megatron.model.counts import TensorSpec
 from engram_megatron.model.placement import (
@@ -21,8 +22,7 @@ from engram_megatron.model.placement import (
     specs_on,
     weight_bytes,
 )
-
-TABLE_VALUES = 3  # a weight and Adam's two moments per table element
+from engram_megatron.tables.host_memory import stored_dtype
 
 StateShares = Callable[[Sequence[TensorSpec]], Sequence[float]]
 
@@ -37,7 +37,7 @@ class RankMemory:
     optimizer_state: int
     activations: int  # estimate, all microbatches in flight
     passes_in_flight: int  # a number, not bytes: microbatches times chunks
-    host_tables: int  # rows, first and second moments, in host memory
+    host_tables: int  # rows with their moments and last steps, in host memory
 
     @property
     def device(self) -> int:
@@ -90,4 +90,4 @@ def _table_row_bytes(config: RunConfig) -> int:
     """Bytes of one table row with its moments."""
     if config.engram is None:
         return 0
-    return config.engram.row_dim * TABLE_VALUES * DTYPE_BYTES[config.engram.table_dtype]
+    return row_bytes(stored_dtype(config.tables.dtype), config.engram.row_dim)

@@ -112,12 +112,12 @@ def rank_step_tokens(config: RunConfig, world_size: int) -> int:
 
 
 def rank_table_rows(config: RunConfig, world_size: int) -> int:
-    """Largest number of table rows that one rank owns: blocks of `engram.block_rows` rows dealt over all ranks."""
+    """Largest number of table rows that one rank owns: blocks of `tables.block_rows` rows dealt over all ranks."""
     if config.engram is None:
         return 0
     rows = table_rows(config.engram)
-    blocks = ceil(rows / config.engram.block_rows)
-    return min(rows, ceil(blocks / world_size) * config.engram.block_rows)
+    blocks = ceil(rows / config.tables.block_rows)
+    return min(rows, ceil(blocks / world_size) * config.tables.block_rows)
 
 
 def weight_bytes(spec: TensorSpec, config: RunConfig) -> int:

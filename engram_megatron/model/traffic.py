@@ -153,20 +153,22 @@ def rank_lookups(config: RunConfig, world_size: int, pipeline_rank: int) -> int:
 
 
 def _tables(config: RunConfig, world_size: int, pipeline_rank: int) -> list[Transfer]:
-    """As one that asks, a rank sends ids, with how many there are, and gradients; as an owner, its share of all the
-    rows that are asked for."""
-    engram = config.engram
+    """As one that asks, a rank sends ids and gradients to other nodes; as an owner, its share of all the rows that they
+    ask for. Upper bounds: as if no n-gram came twice."""
+    engram, tables = config.engram, config.tables
     if engram is None:
         return []
-    row_bytes = engram.row_dim * DTYPE_BYTES[engram.table_dtype]
+    nodes = max(1, world_size // max(1, tables.ranks_per_node))  # not known before the start: each rank a node
+    row_bytes = engram.row_dim * DTYPE_BYTES[tables.dtype]
+    gradient_bytes = engram.row_dim * max(FLOAT32_BYTES, DTYPE_BYTES[tables.dtype])
     asked = rank_lookups(config, world_size, pipeline_rank)
-    ids = (asked + world_size) * ID_BYTES
+    ids = asked * ID_BYTES
     tokens = config.training.global_batch_size * config.data.sequence_length
     asked_of_one = tokens * len(engram.layer_numbers) * engram.num_heads / world_size
     return [
-        Transfer("table row ids (upper bound)", "tables", "all-to-all", to_others(ids, world_size)),
-        Transfer("table rows (upper bound)", "tables", "all-to-all", to_others(asked_of_one * row_bytes, world_size)),
-        Transfer("table gradients (upper bound)", "tables", "all-to-all", to_others(asked * row_bytes, world_size)),
+        Transfer("table row ids (upper bound)", "tables", "all-to-all", to_others(ids, nodes)),
+        Transfer("table rows (upper bound)", "tables", "all-to-all", to_others(asked_of_one * row_bytes, nodes)),
+        Transfer("table gradients (upper bound)", "tables", "all-to-all", to_others(asked * gradient_bytes, nodes)),
     ]
 
 

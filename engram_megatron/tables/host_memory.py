@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil  # type: ignore[import-untyped]
 
+from engram_kernels.row_state import row_bytes
+from engram_megatron.config_fields import DType
 from engram_megatron.errors import UsageError
 from engram_megatron.tables.row_layout import RowLayout
 
 GIB = 1024**3
+LAST_STEP_BYTES = 4
 
 
-def shard_bytes(num_rows: int, row_dim: int, itemsize: int) -> int:
-    """Host memory of `num_rows` rows: weight, two moments, touched flag."""
-    return num_rows * (3 * row_dim * itemsize + 1)
+PAGE_BYTES = 4096
 
 
-def check_host_memory(layout: RowLayout, row_dim: int, itemsize: int, shards_on_host: int) -> None:
-    """Raise `UsageError` where this host has not enough free memory for `shards_on_host` shards of `layout`."""
+def stored_dtype(dtype: DType) -> np.dtype[Any]:
+    """How a table's weights are stored: the bits of bfloat16 as uint16."""
+    return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+
+
+def touched_bytes(touched_rows: int, num_rows: int, row_dim: int, dtype: DType) -> int:
+    """Host memory of `num_rows` rows of which `touched_rows` were ever updated, the others never written.
+
+    Rows lie anywhere, so each takes whole pages of its own of every array, until all pages are taken.
+    """
+    stored = stored_dtype(dtype)
+    weight_bytes = stored.itemsize * row_dim
+    state_bytes = row_bytes(stored, row_dim) - weight_bytes - LAST_STEP_BYTES
+    pages = 0
+    for size in (weight_bytes, state_bytes, LAST_STEP_BYTES):
+        per_row = 1 + -(-size // PAGE_BYTES)  # a row may lie across the border of two pages
+        pages += min(touched_rows * per_row, -(-num_rows * size // PAGE_BYTES))
+    return pages * PAGE_BYTES
+
+
+def check_host_memory(
+    layout: RowLayout, row_dim: int, dtype: DType, shards_on_host: int, touched_rows: int | None = None
+) -> None:
+    """Raise `UsageError` where this host has not enough free memory for `shards_on_host` shards of `layout`.
+
+    `touched_rows`: of a shard whose memory is taken only as rows are updated, how many are expected to be; None: all
+    memory is taken at the start.
+    """
     # Shard 0 is never smaller than another: every rank judges its host by the same number.
-    needed = shards_on_host * shard_bytes(layout.num_local_rows(0), row_dim, itemsize)
-    free = available_bytes()
+    num_rows = layout.num_local_rows(0)
+    if touched_rows is None:
+        of_shard, kind = num_rows * row_bytes(stored_dtype(dtype), row_dim), "all rows"
+        cure = "use more hosts, lower engram.rows_per_head or engram.memory_dim, or set tables.commit=lazy"
+    else:
+        of_shard = touched_bytes(min(touched_rows, num_rows), num_rows, row_dim, dtype)
+        kind, cure = f"the {min(touched_rows, num_rows)} rows of each that are expected to be updated", "use more hosts"
+    needed, free = shards_on_host * of_shard, available_bytes()
     if needed > free:
         raise UsageError(
-            f"Engram tables need {needed / GIB:.2f} GiB of host memory here ({shards_on_host} of {layout.num_shards} "
-            f"shards of {layout.total_rows} rows x {row_dim} columns, weight and two Adam moments of {itemsize} bytes "
-            f"each), {free / GIB:.2f} GiB are free; use more hosts, or lower engram.rows_per_head or engram.memory_dim"
+            f"Engram tables need {needed / GIB:.2f} GiB of host memory here ({kind}; {shards_on_host} of "
+            f"{layout.num_shards} shards of {layout.total_rows} rows x {row_dim} columns, {dtype} weights and two Adam "
+            f"moments, {row_bytes(stored_dtype(dtype), row_dim)} bytes a row), {free / GIB:.2f} GiB are free; {cure}"
         )
 
 

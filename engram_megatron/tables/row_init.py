@@ -33,19 +33,36 @@ def fill_initial_rows(out: NDArray[Any], first_row: int, seed: int, std: float) 
     _fill(out, np.uint64(first_row), np.uint64(seed % 2**64), std)
 
 
-@njit(cache=True, parallel=True)
+def initial_rows(rows: NDArray[np.int64], row_dim: int, dtype: Any, seed: int, std: float) -> NDArray[Any]:
+    """The initial values [n, row_dim] of the rows with ids `rows` int64 [n], as `fill_initial_rows` gives them."""
+    out = np.empty((rows.size, row_dim), dtype)
+    _fill_rows(out, rows, np.uint64(seed % 2**64), std)
+    return out
+
+
+@njit(cache=True, parallel=True, nogil=True)
 def _fill(out: Any, first_row: Any, seed: Any, std: float) -> None:
-    num_rows, row_dim = out.shape
-    for i in prange(num_rows):
-        row = first_row + np.uint64(i)
-        for pair in range((row_dim + 1) // 2):
-            high, low = philox_pair(seed, row, np.uint64(pair))
-            # In (0, 1]: the logarithm of zero never occurs.
-            radius = std * math.sqrt(-2.0 * math.log((float(high >> _TO_53_BITS) + 1.0) * _ULP))
-            angle = 2.0 * math.pi * float(low >> _TO_53_BITS) * _ULP
-            out[i, 2 * pair] = radius * math.cos(angle)
-            if 2 * pair + 1 < row_dim:
-                out[i, 2 * pair + 1] = radius * math.sin(angle)
+    for i in prange(out.shape[0]):
+        _fill_row(out, i, first_row + np.uint64(i), seed, std)
+
+
+@njit(cache=True, parallel=True, nogil=True)
+def _fill_rows(out: Any, rows: Any, seed: Any, std: float) -> None:
+    for i in prange(rows.size):
+        _fill_row(out, i, np.uint64(rows[i]), seed, std)
+
+
+@njit(cache=True)
+def _fill_row(out: Any, i: Any, row: Any, seed: Any, std: float) -> None:
+    row_dim = out.shape[1]
+    for pair in range((row_dim + 1) // 2):
+        high, low = philox_pair(seed, row, np.uint64(pair))
+        # In (0, 1]: the logarithm of zero never occurs.
+        radius = std * math.sqrt(-2.0 * math.log((float(high >> _TO_53_BITS) + 1.0) * _ULP))
+        angle = 2.0 * math.pi * float(low >> _TO_53_BITS) * _ULP
+        out[i, 2 * pair] = radius * math.cos(angle)
+        if 2 * pair + 1 < row_dim:
+            out[i, 2 * pair + 1] = radius * math.sin(angle)
 
 
 @njit(cache=True)

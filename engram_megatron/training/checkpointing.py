@@ -55,10 +55,14 @@ class Checkpointer:
     def save(self, step: int, tokens_seen: int) -> Path:
         """Write the checkpoint of `step`; nothing counts before COMPLETE stands in it.
 
+        The tables are at rest for as long: no update of theirs is under way.
+
         Raises:
             SaveError: the file system refused (a full disk, a quota); on the ranks that met it.
         """
         path = self.folder.checkpoint(step)
+        if self.memory is not None:
+            self.memory.finish()
         try:
             self._write(path, step, tokens_seen)
         except (OSError, CheckpointException) as error:  # torch wraps its writers' errors
@@ -77,7 +81,7 @@ class Checkpointer:
                 shutil.rmtree(path)
             path.mkdir(parents=True)
             if self.memory is not None:
-                tables.create(path / TABLES, self.memory.shard)
+                tables.create(path / TABLES, self.memory.adam)
         self._barrier()
         save_backbone(path / BACKBONE, self.chunks, self.optimizer)
         if self.memory is not None:
@@ -111,7 +115,7 @@ class Checkpointer:
         problem = None
         if self.memory is not None:
             try:
-                tables.load_shard(path / TABLES, self.memory.shard, weights_only=weights_only)
+                tables.load_shard(path / TABLES, self.memory.adam, weights_only=weights_only)
             except UsageError as error:
                 problem = str(error)
         problems: list[str | None] = [None] * self.ranks.world_size

@@ -1,5 +1,13 @@
 """The memory of a run: from token ids to rows in the model, and from gradients to updated rows.
 
+A step in its tasks, which a thread of its own runs one after another (`tables.overlap`), and what of the model's work
+each runs beside:
+
+    plan       hash, distinct rows, ids to their owners        the step before
+    fetch      the rows, wave by wave                          Muon; then the microbatches of earlier waves
+    return     gradients to the owners                         -
+    update     row Adam                                        Muon
+
 Shape legend: N microbatches, B sequences, T positions, S = T / (context * tensor) positions of this rank's share,
 L Engram layers of this pipeline rank's chunks (all but those of the docstrings that say "of the chunk"), H heads of a
 layer, D row_dim, E = H * D memory width.
@@ -7,25 +15,63 @@ layer, D row_dim, E = H * D memory width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from engram_data.batch import Batch
+from engram_kernels.catch_up import CatchUp
+from engram_megatron import platform
 from engram_megatron.config import RunConfig
-from engram_megatron.gather.lookup import PendingRows, RowLookup, UniqueRows
-from engram_megatron.gather.transport import all_ranks_transport
+from engram_megatron.gather.groups import make_groups, open_node_shards
+from engram_megatron.gather.lookup import RowLookup
+from engram_megatron.gather.statistics import GatherStatistics
+from engram_megatron.gather.topology import find_topology
+from engram_megatron.gather.unique_rows import UniqueRows
+from engram_megatron.gather.worker import Worker
 from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.pipeline_layout import chunk_memory_layers, pipeline_layout
 from engram_megatron.optimizer.row_adam import RowAdam
+from engram_megatron.tables.expected_rows import expected_touched_rows
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.row_layout import RowLayout
-from engram_megatron.tables.table_shard import TableShard
+from engram_megatron.tables.table_shard import InitialRows, TableShard
 from engram_megatron.training.parallel import Ranks
+
+
+class StepRows:
+    """The rows of a step on their way. `wait_s`: seconds that the caller has waited for them so far."""
+
+    def __init__(self, planned: Future[UniqueRows]) -> None:
+        self._planned = planned
+        self._fetched: list[Future[None]] = []
+        self._arrived = 0
+        self.wait_s = 0.0
+
+    def wait(self, wave: int) -> UniqueRows:
+        """The rows, those up to `wave` on the model's device. Raises what went wrong on the way."""
+        started = time.perf_counter()
+        rows = self._planned.result()
+        while self._arrived <= wave:
+            self._fetched[self._arrived].result()
+            rows.to_device(self._arrived)
+            self._arrived += 1
+        self.wait_s += time.perf_counter() - started
+        return rows
+
+    def fetch(self, worker: Worker, lookup: RowLookup) -> None:
+        """Ask for all waves, once their plan is made."""
+        assert not self._fetched, "fetched already"
+        self._fetched = [worker.submit(partial(self._fetch_wave, lookup, wave)) for wave in range(lookup.num_waves)]
+
+    def _fetch_wave(self, lookup: RowLookup, wave: int) -> None:
+        lookup.fetch(self._planned.result(), wave)
 
 
 class ConditionalMemory:
@@ -35,35 +81,58 @@ class ConditionalMemory:
         """Collective over all ranks. Rows are left at zero: call `initialize` or load a checkpoint.
 
         Raises:
-            UsageError: the host's memory does not hold its shards.
+            UsageError: the host's memory does not hold its shards, nodes differ in size, or ranks of a node cannot open
+                each other's memory.
         """
         assert config.engram is not None
         self.engram = config.engram
+        self.tables = config.tables
         self.chunks = _chunk_layers(config, ranks.pipeline_rank)
         self.dtype = TORCH_DTYPE[config.training.dtype]
         self.hasher = hasher
         self.ranks = ranks
-        layout = RowLayout(hasher.total_rows, config.engram.block_rows, ranks.world_size)
-        row_dim, dtype = config.engram.row_dim, config.engram.table_dtype
-        self.shard = TableShard(layout, ranks.rank, row_dim, dtype, shards_on_host=shards_on_host)
-        dist.barrier(group=ranks.host_group)  # every rank of a host judged the same free memory
-        self.lookup = RowLookup(self.shard, layout, all_ranks_transport(timeout_s=config.parallel.collective_timeout_s))
+        topology = find_topology(ranks.host_group, self.tables.ranks_per_node)
+        layout = RowLayout(hasher.total_rows, self.tables.block_rows, ranks.world_size, topology.num_nodes)
+        self.shard = TableShard(
+            layout,
+            ranks.rank,
+            config.engram.row_dim,
+            self.tables.dtype,
+            commit=self.tables.commit,
+            huge_pages=self.tables.huge_pages,
+            shards_on_host=shards_on_host,
+            touched_rows=expected_touched_rows(config, layout),
+        )
         optimizer = config.optimizer
-        self.adam = RowAdam(self.shard, beta1=optimizer.adam_beta1, beta2=optimizer.adam_beta2, eps=optimizer.adam_eps)
+        catch_up = CatchUp(optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps)
+        self.adam = RowAdam(self.shard, catch_up, touched_only=self.tables.update == "touched")
+        # All ranks of a host have judged the same free memory when this returns.
+        self.shards = open_node_shards(self.shard, topology, ranks.host_group)
+        groups = make_groups(topology, config.parallel.collective_timeout_s, self.tables.transport)
+        self.num_waves = min(self.tables.waves, config.training.num_microbatches(ranks.data_ranks))
+        self.lookup = RowLookup(self.shards, self.adam.read_as_of, groups, self.num_waves)
         self.learning_rate_multiplier = optimizer.table_learning_rate_multiplier
+        self.worker = Worker(beside=self.tables.overlap)
 
     def initialize(self, seed: int) -> None:
         """Fill the shard with its initial rows, a function of (seed, row id)."""
         self.shard.initialize(seed, self.engram.init_std)
+        for shard in self.shards:
+            shard.initial = InitialRows(seed, self.engram.init_std)
 
-    def start(self, batches: Sequence[Batch]) -> PendingRows:
-        """Hash the microbatches of a step and begin to fetch their distinct rows. Collective over all ranks.
+    def plan(self, batches: Sequence[Batch]) -> StepRows:
+        """Hash the microbatches of a step and tell the owners of their rows. Collective over all ranks.
 
         Tensor and context ranks hash whole sequences, because windows cross the borders of their shares, and ask for
         the rows of their own positions only: each position is asked for, and returns its gradient, once. Pipeline ranks
         ask for the layers that stand on them; one without any takes part as an owner of rows.
         """
-        return self.lookup.start(np.stack([self._row_ids(batch) for batch in batches]))
+        batches = list(batches)
+        return StepRows(self.worker.submit(lambda: self.lookup.plan(np.stack([self._row_ids(b) for b in batches]))))
+
+    def fetch(self, rows: StepRows) -> None:
+        """Fetch what was planned, as the tables are after the updates asked for so far. Collective over all ranks."""
+        rows.fetch(self.worker, self.lookup)
 
     def _row_ids(self, batch: Batch) -> NDArray[np.int64]:
         """Row ids int64 [L, B, S, H]."""
@@ -71,26 +140,43 @@ class ConditionalMemory:
         rows_LBTH = self.hasher.rows(batch.tokens, documents, [layer for layers in self.chunks for layer in layers])
         return rows_LBTH[:, :, self.ranks.memory_positions(rows_LBTH.shape[2])]
 
-    def of_microbatch(self, rows: UniqueRows, index: int, chunk: int = 0) -> torch.Tensor | None:
+    def of_microbatch(self, rows: StepRows, index: int, chunk: int = 0) -> torch.Tensor | None:
         """Memory [L of the chunk, S, B, E] of microbatch `index`, in the model's dtype, differentiable back to the
-        rows; None for a chunk without Engram layers."""
+        rows; None for a chunk without Engram layers. Waits for the microbatch's wave."""
         if not self.chunks[chunk]:
             return None
         first = sum(len(layers) for layers in self.chunks[:chunk])
-        memory_LBSHD = rows.expand((index, slice(first, first + len(self.chunks[chunk]))))
-        return memory_LBSHD.transpose(1, 2).flatten(-2).to(self.dtype)
+        unique = rows.wait(min(index, self.num_waves - 1))
+        memory_LBSHD = unique.expand((index, slice(first, first + len(self.chunks[chunk]))), self.dtype)
+        return memory_LBSHD.transpose(1, 2).flatten(-2)
 
-    def return_gradients(self, rows: UniqueRows) -> RowGradients:
+    def return_gradients(self, rows: StepRows) -> RowGradients:
         """Bring the gradients of a step to the rows' owners. Collective over all ranks."""
-        return self.lookup.return_gradients(rows)
+        unique = rows.wait(self.num_waves - 1)
+        platform.synchronize()  # the backward's additions
+        return self.worker.submit(lambda: self.lookup.return_gradients(unique)).result()
 
     def gradient_norm_squared(self, gradients: RowGradients) -> float:
         """Of this rank's own rows: summed over all ranks, every table gradient counts once."""
         return self.adam.gradient_norm_squared(gradients)
 
     def step(self, gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
-        """Dense Adam over this rank's rows at the tables' multiple of `learning_rate`, without weight decay."""
-        self.adam.step(gradients, learning_rate * self.learning_rate_multiplier, gradient_scale)
+        """Dense Adam over this rank's rows at the tables' multiple of `learning_rate`, without weight decay. Returns at
+        once; every later fetch sees it."""
+        table_learning_rate = learning_rate * self.learning_rate_multiplier
+        self.worker.submit(lambda: self.adam.step(gradients, table_learning_rate, gradient_scale))
+
+    def finish(self) -> None:
+        """Wait until all that was asked for is done, so that the shard may be read. Raises what went wrong."""
+        self.worker.finish()
+
+    def close(self) -> None:
+        """End the thread, after what it is doing now."""
+        self.worker.close()
+
+    def statistics(self, rows: StepRows) -> GatherStatistics:
+        """What the gather of a step moved on this rank."""
+        return self.lookup.statistics(rows.wait(self.num_waves - 1))
 
 
 def _chunk_layers(config: RunConfig, pipeline_rank: int) -> list[list[int]]:

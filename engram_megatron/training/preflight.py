@@ -10,8 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
@@ -22,6 +20,7 @@ from engram_megatron.model.counts import parameter_specs
 from engram_megatron.model.layout_rules import check_layout
 from engram_megatron.optimizer.schedule import learning_rate_schedule
 from engram_megatron.overrides import from_dict
+from engram_megatron.tables.expected_rows import expected_touched_rows
 from engram_megatron.tables.host_memory import check_host_memory
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.training.run_folder import RunFolder
@@ -46,9 +45,10 @@ def check_start(config: RunConfig, num_ranks: int, *, resume: bool) -> None:
     """
     inputs = open_inputs(config, num_ranks, resume=resume)
     if config.engram is not None and inputs.hasher is not None:
-        layout = RowLayout(inputs.hasher.total_rows, config.engram.block_rows, num_ranks)
-        itemsize = np.dtype(config.engram.table_dtype).itemsize
-        check_host_memory(layout, config.engram.row_dim, itemsize, shards_on_host=num_ranks)
+        tables = config.tables
+        layout = RowLayout(inputs.hasher.total_rows, tables.block_rows, num_ranks)
+        touched_rows = expected_touched_rows(config, layout) if tables.commit == "lazy" else None
+        check_host_memory(layout, config.engram.row_dim, tables.dtype, num_ranks, touched_rows)
 
 
 def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engram_data.batch import Batch
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
@@ -84,6 +85,8 @@ def train(config: RunConfig, *, resume: bool, stop: StopSignal) -> RunSummary:
     finally:
         if run.log is not None:
             run.log.close()
+    if run.trainer.memory is not None:
+        run.trainer.memory.close()
     if run.log is not None:
         stop.stop_file.unlink(missing_ok=True)
     parallel.close()
@@ -139,12 +142,13 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
     config, num_steps = run.config, run.config.training.num_steps
     first_validation = last_validation = _validate(run)
     stopped_by = _stopped_before_the_first_step(run, stop)
+    upcoming: Sequence[Batch] | None = None
     with _profiler(run) as profiler:
         while run.step < num_steps and stopped_by is None:
             reason = stop.reason()
-            result = run.trainer.train_step(
-                run.step, run.train.microbatches(run.step), stop_requested=reason is not None
-            )
+            batches = run.train.microbatches(run.step) if upcoming is None else upcoming
+            upcoming = run.train.microbatches(run.step + 1) if run.step + 1 < num_steps else None
+            result = run.trainer.train_step(run.step, batches, stop_requested=reason is not None, next_batches=upcoming)
             run.step += 1
             run.tokens_seen += result.num_tokens
             _log_step(run, result)

@@ -1,14 +1,16 @@
 """The training loop. One step, in the order that `train_step` writes down:
 
     read       this rank's microbatches of the global batch, a pure function of the step
-    gather     hash them, fetch the distinct rows from their owners
-    compute    forward and backward of all microbatches; DDP sums gradients over replicas
+    plan       hash those of the next step, tell the owners which rows they need
+    compute    forward and backward of all microbatches as their rows arrive; DDP sums gradients over replicas
     agree      loss, token count and stop requests of all ranks; stop on a non-finite loss
     return     row gradients go back to their owners
     clip       one norm over backbone and tables, each gradient counted once
     update     Muon, Adam and row Adam with one learning rate and one scale
+    fetch      the rows of the next step, as soon as row Adam is done
 
-Losses are sums over tokens; the division by the global token count is folded into the clip coefficient.
+Losses are sums over tokens; the division by the global token count is folded into the clip coefficient. Plan, row Adam
+and fetch run beside the rest, in a thread of the tables (`conditional_memory`).
 """
 
 from __future__ import annotations
@@ -23,12 +25,11 @@ from torch import nn
 from engram_data.batch import Batch
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
-from engram_megatron.gather.lookup import UniqueRows
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.model.flops import token_flops
 from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.optimizer.schedule import learning_rate_schedule
-from engram_megatron.training.conditional_memory import ConditionalMemory
+from engram_megatron.training.conditional_memory import ConditionalMemory, StepRows
 from engram_megatron.training.forward_step import Microbatch, make_microbatch
 from engram_megatron.training.parallel import Ranks, max_over_ranks, once_per_replica, sum_over_ranks
 from engram_megatron.training.schedule_runner import ScheduleRunner
@@ -73,17 +74,29 @@ class Trainer:
         self.runner = ScheduleRunner(chunks, config)
         self.schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
         self.flops_per_token = token_flops(config).forward_backward
+        self._ahead: tuple[int, StepRows] | None = None  # the step that the tables prepare for, and its rows
 
-    def train_step(self, step: int, batches: Sequence[Batch], *, stop_requested: bool) -> StepResult:
+    def train_step(
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        *,
+        stop_requested: bool,
+        next_batches: Sequence[Batch] | None = None,
+    ) -> StepResult:
         """Update the model with `batches`, this rank's microbatches of step `step` (0-based).
+
+        `next_batches`: those of step `step` + 1, for which the tables then prepare; on every rank or on none.
 
         Raises:
             NonFiniteLossError: on every rank alike, before the optimizer moves.
         """
         started = time.perf_counter()
         self.optimizer.zero_grad()
-        microbatches, rows = self._prepare(batches, is_training=True)
-        gathered = time.perf_counter()
+        rows = self._take_rows(step, batches)
+        if self.memory is not None and next_batches is not None:
+            self._ahead = (step + 1, self.memory.plan(next_batches))
+        microbatches = self._prepare(batches, rows, is_training=True)
         sums = self.runner.train(microbatches, len(batches))
         counted = once_per_replica(
             [sums.loss, float(sums.tokens), sums.mtp_loss, float(sums.mtp_tokens)],
@@ -98,6 +111,7 @@ class Trainer:
         learning_rate = self.schedule.at(step)
         gradient_norm = self._update(step, rows, num_tokens, learning_rate)
         platform.synchronize()
+        gather = None if rows is None or self.memory is None else self.memory.statistics(rows)
         return StepResult(
             loss=loss,
             mtp_loss=mtp_loss if self.config.model.mtp.num_layers > 0 else None,
@@ -106,8 +120,8 @@ class Trainer:
             num_tokens=num_tokens,
             stop_requests=int(totals[4]),
             seconds=time.perf_counter() - started,
-            gather_wait_s=gathered - started,
-            gather=None if rows is None else rows.statistics,
+            gather_wait_s=0.0 if rows is None else rows.wait_s,
+            gather=gather,
         )
 
     def validate(self, microbatches_of: Callable[[int], Sequence[Batch]], num_batches: int) -> float:
@@ -116,7 +130,7 @@ class Trainer:
         loss_sum, tokens = 0.0, 0
         for index in range(num_batches):
             batches = microbatches_of(index)
-            microbatches, _ = self._prepare(batches, is_training=False)
+            microbatches = self._prepare(batches, self._rows(batches), is_training=False)
             sums = self.runner.evaluate(microbatches, len(batches))
             loss_sum, tokens = loss_sum + sums.loss, tokens + sums.tokens
         counted = once_per_replica([loss_sum, float(tokens)], self.ranks)
@@ -150,15 +164,29 @@ class Trainer:
             self.config, self.runner.expert_tokens, self.ranks
         )
 
+    def _take_rows(self, step: int, batches: Sequence[Batch]) -> StepRows | None:
+        """The rows of a step: those prepared in the step before, or fetched now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._rows(batches)
+        assert ahead[0] == step, f"prepared for step {ahead[0]}, not {step}"
+        return ahead[1]
+
+    def _rows(self, batches: Sequence[Batch]) -> StepRows | None:
+        if self.memory is None:
+            return None
+        rows = self.memory.plan(batches)
+        self.memory.fetch(rows)
+        return rows
+
     def _prepare(
-        self, batches: Sequence[Batch], *, is_training: bool
-    ) -> tuple[list[Iterator[Microbatch]], UniqueRows | None]:
-        """Fetch the rows of all microbatches, and expand those of a microbatch only when a chunk's turn comes."""
-        rows = None if self.memory is None else self.memory.start(batches).wait()
-        return [self._microbatches(batches, rows, chunk, is_training) for chunk in range(len(self.chunks))], rows
+        self, batches: Sequence[Batch], rows: StepRows | None, *, is_training: bool
+    ) -> list[Iterator[Microbatch]]:
+        """The microbatches for each chunk; the rows of one are expanded only when a chunk's turn comes."""
+        return [self._microbatches(batches, rows, chunk, is_training) for chunk in range(len(self.chunks))]
 
     def _microbatches(
-        self, batches: Sequence[Batch], rows: UniqueRows | None, chunk: int, is_training: bool
+        self, batches: Sequence[Batch], rows: StepRows | None, chunk: int, is_training: bool
     ) -> Iterator[Microbatch]:
         engram = self.config.engram
         for index, batch in enumerate(batches):
@@ -174,7 +202,7 @@ class Trainer:
                 positions=self.ranks.token_positions(batch.tokens.shape[1]),
             )
 
-    def _update(self, step: int, rows: UniqueRows | None, num_tokens: int, learning_rate: float) -> float:
+    def _update(self, step: int, rows: StepRows | None, num_tokens: int, learning_rate: float) -> float:
         """Clip and move everything; returns the norm before clipping."""
         row_gradients, table_square = None, 0.0
         if self.memory is not None and rows is not None:
@@ -187,9 +215,11 @@ class Trainer:
         if not math.isfinite(norm):
             raise NonFiniteLossError(f"gradient norm is {norm} in step {step + 1}; the optimizer has not moved")
         scale = clip_coefficient(norm, self.config.optimizer.clip_grad_norm) / num_tokens
-        self.optimizer.step(learning_rate, scale)
         if self.memory is not None and row_gradients is not None:
             self.memory.step(row_gradients, learning_rate, scale)
+            if self._ahead is not None:
+                self.memory.fetch(self._ahead[1])
+        self.optimizer.step(learning_rate, scale)
         return norm
 
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 import zarr
 from ranks import run_ranks
 
-from engram_checkpoints.tables import MOMENTS, WEIGHT, create, load_shard, write_shard
+from engram_checkpoints.tables import LAST_STEP, MOMENTS, WEIGHT, create, load_shard, write_shard
+from engram_kernels.catch_up import CatchUp
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.row_gradients import RowGradients
@@ -20,28 +21,37 @@ ROWS, DIM, BLOCK_ROWS = 230, 6, 16  # 15 blocks, the last one short
 Table = dict[str, np.ndarray]
 
 
-def _shard(shard: int, num_shards: int, block_rows: int = BLOCK_ROWS, dtype: str = "float32") -> TableShard:
-    return TableShard(RowLayout(ROWS, block_rows, num_shards), shard, DIM, dtype)
+def _adam(
+    shard: int, num_shards: int, block_rows: int = BLOCK_ROWS, dtype: str = "float32", commit: str = "eager"
+) -> RowAdam:
+    layout = RowLayout(ROWS, block_rows, num_shards)
+    return RowAdam(TableShard(layout, shard, DIM, dtype, commit=commit), CatchUp(0.9, 0.95, 1e-20))
 
 
-def _train(shard: TableShard, steps: range) -> None:
+def _train(adam: RowAdam, steps: range) -> None:
     """Steps with gradients that are a function of step and row, over rows that change; rows from 200 on never occur."""
-    optimizer = RowAdam(shard, beta1=0.9, beta2=0.95, eps=1e-20)
+    shard = adam.shard
     everything = shard.layout.global_row(shard.shard, np.arange(shard.num_rows))
     for step in steps:
-        gradients = np.empty((ROWS, DIM), shard.dtype)
+        gradients = np.empty((ROWS, DIM), shard.wide)
         fill_initial_rows(gradients, 0, seed=step, std=1.0)
         used = np.flatnonzero((everything % 5 == step % 5) & (everything < 200))
-        optimizer.step(RowGradients(used, gradients[everything[used]]), lr=0.01)
+        adam.step(RowGradients(used, gradients[everything[used]]), lr=0.01)
 
 
-def _table(shards: list[TableShard]) -> Table:
-    """The whole table of all shards in the order of row ids."""
-    table = {name: np.full((ROWS, DIM), np.nan, shards[0].dtype) for name in (WEIGHT, *MOMENTS)}
-    for shard in shards:
-        rows = shard.layout.global_row(shard.shard, np.arange(shard.num_rows))
-        for name in table:
-            table[name][rows] = getattr(shard, name)
+def _table(adams: list[RowAdam]) -> Table:
+    """The whole table of all shards in the order of row ids, as it is saved."""
+    wide = adams[0].shard.wide
+    table: Table = {name: np.full((ROWS, DIM), np.nan, wide) for name in (WEIGHT, *MOMENTS)}
+    table[LAST_STEP] = np.full(ROWS, -1, np.int32)
+    for adam in adams:
+        shard = adam.shard
+        for block in shard.layout.blocks(shard.shard):
+            rows = slice(block.start, block.stop)
+            table[WEIGHT][rows] = shard.masters(block)
+            table["exp_avg"][rows] = shard.rows.exp_avg[block.local]
+            table["exp_avg_sq"][rows] = shard.rows.exp_avg_sq[block.local]
+            table[LAST_STEP][rows] = shard.rows.last_step[block.local]
     return table
 
 
@@ -50,22 +60,22 @@ def _assert_same(ours: Table, theirs: Table) -> None:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-def _loaded(path: Path, num_shards: int, block_rows: int = BLOCK_ROWS, **options: bool) -> list[TableShard]:
-    shards = [_shard(number, num_shards, block_rows) for number in range(num_shards)]
-    for shard in shards:
-        shard.weight[:] = np.nan  # what a load leaves out shows
-        load_shard(path, shard, **options)
-    return shards
+def _loaded(path: Path, num_shards: int, block_rows: int = BLOCK_ROWS, **options: bool) -> list[RowAdam]:
+    adams = [_adam(number, num_shards, block_rows) for number in range(num_shards)]
+    for adam in adams:
+        adam.shard.rows.weight[:] = np.nan  # what a load leaves out shows
+        load_shard(path, adam, **options)
+    return adams
 
 
 def _save_on_rank(rank: int, world_size: int, path: Path) -> None:
-    shard = _shard(rank, world_size)
-    shard.initialize(seed=0, std=1.0)
-    _train(shard, range(5))
+    adam = _adam(rank, world_size)
+    adam.shard.initialize(seed=0, std=1.0)
+    _train(adam, range(5))
     if rank == 0:
-        create(path, shard)
+        create(path, adam)
     dist.barrier()
-    write_shard(path, shard)
+    write_shard(path, adam.shard)
 
 
 @pytest.fixture(scope="module")
@@ -76,32 +86,33 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _save(path: Path, adam: RowAdam) -> Path:
+    create(path, adam)
+    write_shard(path, adam.shard)
+    return path
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """Tables of one shard that a test may damage."""
-    shard = _shard(0, 1)
-    shard.initialize(seed=0, std=1.0)
-    _train(shard, range(5))
-    create(tmp_path / "tables.zarr", shard)
-    write_shard(tmp_path / "tables.zarr", shard)
-    return tmp_path / "tables.zarr"
+    return _save(tmp_path / "tables.zarr", _never_saved(range(5)))
 
 
-def _never_saved(steps: range) -> TableShard:
-    shard = _shard(0, 1)
-    shard.initialize(seed=0, std=1.0)
-    _train(shard, steps)
-    return shard
+def _never_saved(steps: range, **options: str) -> RowAdam:
+    adam = _adam(0, 1, **options)
+    adam.shard.initialize(seed=0, std=1.0)
+    _train(adam, steps)
+    return adam
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 4, 20])
 def test_training_goes_on_bit_identically_on_any_number_of_ranks(saved: Path, num_shards: int) -> None:
-    shards = _loaded(saved, num_shards)
-    _assert_same(_table(shards), _table([_never_saved(range(5))]))
-    for shard in shards:
-        assert shard.step_count == 5
-        _train(shard, range(5, 12))
-    _assert_same(_table(shards), _table([_never_saved(range(12))]))
+    adams = _loaded(saved, num_shards)
+    _assert_same(_table(adams), _table([_never_saved(range(5))]))
+    for adam in adams:
+        assert adam.catch_up.step == 5
+        _train(adam, range(5, 12))
+    _assert_same(_table(adams), _table([_never_saved(range(12))]))
 
 
 @pytest.mark.parametrize("block_rows", [1, 10, 64, 1000])
@@ -110,28 +121,52 @@ def test_load_into_blocks_of_another_size(saved: Path, block_rows: int) -> None:
 
 
 def test_rows_that_never_had_a_gradient_are_known_after_a_load(saved: Path) -> None:
-    (shard,) = _loaded(saved, 1)
-    np.testing.assert_array_equal(shard.touched, np.arange(ROWS) < 200)
+    (adam,) = _loaded(saved, 1)
+    np.testing.assert_array_equal(adam.shard.rows.last_step > 0, np.arange(ROWS) < 200)
 
 
-def test_weights_only_starts_the_optimizer_anew(saved: Path) -> None:
-    shard = _never_saved(range(3))
-    load_shard(saved, shard, weights_only=True)
-    np.testing.assert_array_equal(shard.weight, _never_saved(range(5)).weight)
-    assert not shard.exp_avg.any()
-    assert not shard.exp_avg_sq.any()
-    assert not shard.touched.any()
-    assert shard.step_count == 0
+def test_weights_only_takes_them_as_of_the_last_step_and_starts_the_optimizer_anew(saved: Path) -> None:
+    adam = _never_saved(range(3))
+    load_shard(saved, adam, weights_only=True)
+    expected = _never_saved(range(5))
+    np.testing.assert_array_equal(adam.shard.rows.weight, expected.shard.finished(expected.catch_up))
+    assert (expected.shard.rows.weight != adam.shard.rows.weight).any(), "no row was behind"
+    assert not adam.shard.rows.state.any()
+    assert not adam.shard.rows.last_step.any()
+    assert adam.catch_up.step == 0
 
 
-def test_float64_tables_are_saved_in_full(tmp_path: Path) -> None:
-    shard = _shard(0, 1, dtype="float64")
-    shard.initialize(seed=0, std=1.0)
-    create(tmp_path / "t.zarr", shard)
-    write_shard(tmp_path / "t.zarr", shard)
-    loaded = _shard(0, 1, dtype="float64")
-    load_shard(tmp_path / "t.zarr", loaded)
-    np.testing.assert_array_equal(loaded.weight, shard.weight)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_exact_weights_are_saved_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    adam = _never_saved(range(5), dtype=dtype)
+    loaded = _adam(0, 1, dtype=dtype)
+    load_shard(_save(tmp_path / "t.zarr", adam), loaded)
+    for adam_or_loaded in (adam, loaded):
+        _train(adam_or_loaded, range(5, 8))
+    np.testing.assert_array_equal(loaded.shard.rows.weight, adam.shard.rows.weight)
+    np.testing.assert_array_equal(loaded.shard.rows.state, adam.shard.rows.state)
+
+
+def test_bfloat16_and_float32_tables_read_each_others_saves(tmp_path: Path) -> None:
+    ours, theirs = _never_saved(range(5), dtype="bfloat16"), _never_saved(range(5))
+    _assert_same(_table([ours]), _table([theirs]))  # exact weights are trained alike
+    loaded = _adam(0, 1)
+    load_shard(_save(tmp_path / "t.zarr", ours), loaded)
+    _assert_same(_table([loaded]), _table([theirs]))
+
+
+@pytest.mark.parametrize("commit", ["eager", "lazy"])
+def test_lazy_tables_go_on_as_eager_ones(tmp_path: Path, commit: str) -> None:
+    path = _save(tmp_path / "t.zarr", _never_saved(range(5), commit="lazy"))
+    loaded = _adam(0, 1, commit=commit)
+    load_shard(path, loaded)
+    _train(loaded, range(5, 8))
+    _assert_same(_table([loaded]), _table([_never_saved(range(8))]))
+
+
+def test_lazy_tables_cannot_start_from_other_weights(saved: Path) -> None:
+    with pytest.raises(UsageError, match=r"set tables\.commit=eager"):
+        load_shard(saved, _adam(0, 1, commit="lazy"), weights_only=True)
 
 
 def test_each_block_is_one_file_and_plain_zarr_reads_the_table(saved: Path) -> None:
@@ -143,16 +178,21 @@ def test_each_block_is_one_file_and_plain_zarr_reads_the_table(saved: Path) -> N
         "block_rows": BLOCK_ROWS,
         "dtype": "float32",
         "step_count": 5,
+        "update": "dense",
+        "initial": {"seed": 0, "std": 1.0},
     }
-    for name in table:
-        np.testing.assert_array_equal(group[name][:], table[name])
+    np.testing.assert_array_equal(group["learning_rates"][:], np.full(5, 0.01))
+    np.testing.assert_array_equal(group[LAST_STEP][:], table[LAST_STEP])
+    for name in (WEIGHT, *MOMENTS):
+        np.testing.assert_array_equal(group[name][:208], table[name][:208])
         files = {path.name for path in (saved / name).iterdir()}
-        assert files == {"zarr.json"} | {f"c.{block}.0" for block in range(15)}
+        # Of the rows from 208 on none ever had a gradient: they are what the seed says.
+        assert files == {"zarr.json"} | {f"c.{block}.0" for block in range(13)}
 
 
 def test_tables_are_never_written_over_others(own: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
-        create(own, _shard(0, 1))
+        create(own, _adam(0, 1))
 
 
 @pytest.mark.parametrize(
@@ -168,12 +208,12 @@ def test_tables_are_never_written_over_others(own: Path) -> None:
 )
 def test_tables_of_another_geometry_are_refused(saved: Path, shard: TableShard, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        load_shard(saved, shard)
+        load_shard(saved, RowAdam(shard, CatchUp(0.9, 0.95, 1e-20)))
 
 
 def test_folder_without_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no tables"):
-        load_shard(tmp_path / "nothing", _shard(0, 1))
+        load_shard(tmp_path / "nothing", _adam(0, 1))
 
 
 @pytest.mark.parametrize("name", [WEIGHT, *MOMENTS])
@@ -183,27 +223,27 @@ def test_truncated_chunk_is_named(own: Path, name: str, kept: float) -> None:
     content = chunk.read_bytes()
     chunk.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(UsageError, match=rf"chunk {name}/c\.3\.0 \(rows 48\.\.63\) is damaged"):
-        load_shard(own, _shard(0, 1))
+        load_shard(own, _adam(0, 1))
 
 
 @pytest.mark.parametrize("position", [0.0, 0.5, 1.0])
 def test_flipped_bit_in_a_chunk_is_named(own: Path, position: float) -> None:
-    chunk = own / WEIGHT / "c.14.0"  # the short one
+    chunk = own / WEIGHT / "c.12.0"
     content = bytearray(chunk.read_bytes())
     content[int((len(content) - 1) * position)] ^= 1
     chunk.write_bytes(content)
-    with pytest.raises(UsageError, match=r"chunk weight/c\.14\.0 \(rows 224\.\.229\) is damaged"):
-        load_shard(own, _shard(0, 1))
+    with pytest.raises(UsageError, match=r"chunk weight/c\.12\.0 \(rows 192\.\.207\) is damaged"):
+        load_shard(own, _adam(0, 1))
 
 
 def test_missing_chunk_is_named_and_not_read_as_zeros(own: Path) -> None:
     (own / "exp_avg" / "c.5.0").unlink()
     with pytest.raises(UsageError, match=r"chunk exp_avg/c\.5\.0 \(rows 80\.\.95\) is missing"):
-        load_shard(own, _shard(0, 1))
+        load_shard(own, _adam(0, 1))
 
 
 def test_rank_reads_only_the_chunks_of_its_own_rows(own: Path) -> None:
     (own / WEIGHT / "c.1.0").unlink()  # rank 1's
-    load_shard(own, _shard(0, 2))
+    load_shard(own, _adam(0, 2))
     with pytest.raises(UsageError, match=r"weight/c\.1\.0"):
-        load_shard(own, _shard(1, 2))
+        load_shard(own, _adam(1, 2))

@@ -6,42 +6,31 @@ The comparison over several ranks and steps is in test_against_dense_adam.py.
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from ranks import run_ranks
+from sharded_tables import Tables, sharded_tables
 
-from engram_megatron.gather.lookup import RowLookup, UniqueRows
-from engram_megatron.gather.segment_sum import sum_by_row
-from engram_megatron.gather.transport import LoopbackTransport, TransportError, all_ranks_transport
-from engram_megatron.tables.row_layout import RowLayout
-from engram_megatron.tables.table_shard import TableShard
+from engram_kernels.segment_sum import sum_by_row
+from engram_megatron.gather.lookup import RowLookup
+from engram_megatron.gather.transport import TransportError
 
 
 def _lookup(num_rows: int = 500, dim: int = 8, dtype: str = "float32") -> RowLookup:
-    layout = RowLayout(num_rows, 16, 1)
-    shard = TableShard(layout, 0, dim, dtype)
-    shard.initialize(seed=1, std=1.0)
-    return RowLookup(shard, layout, LoopbackTransport())
-
-
-def _fetch(lookup: RowLookup, ids: NDArray[np.int64]) -> UniqueRows:
-    return lookup.start(ids).wait()
+    return sharded_tables(Tables(rows=num_rows, row_dim=dim, dtype=dtype))[0]
 
 
 def test_expand_gives_the_rows_of_the_ids_at_any_index() -> None:
     lookup = _lookup()
     ids = np.random.default_rng(0).integers(0, 500, (3, 2, 4, 5))
-    rows = _fetch(lookup, ids)
-    assert rows.values.is_leaf
-    assert rows.values.requires_grad
+    rows = lookup.read(ids)
     for index in (..., 1, slice(1, 3), (2, 1), (..., 0)):
         expanded = rows.expand(index)
         assert expanded.shape == (*ids[index].shape, 8)
-        np.testing.assert_array_equal(expanded.detach().numpy(), lookup.shard.weight[ids[index]])
+        np.testing.assert_array_equal(expanded.detach().numpy(), lookup.shard.rows.weight[ids[index]])
 
 
 def test_batch_without_ids_has_no_rows_and_no_gradients() -> None:
     lookup = _lookup()
-    rows = _fetch(lookup, np.empty((0, 2, 3), np.int64))
+    rows = lookup.read(np.empty((0, 2, 3), np.int64))
     assert rows.expand().shape == (0, 2, 3, 8)
     gradients = lookup.return_gradients(rows)
     assert gradients.local_rows.shape == (0,)
@@ -50,19 +39,35 @@ def test_batch_without_ids_has_no_rows_and_no_gradients() -> None:
 
 def test_rows_that_no_loss_depends_on_come_home_with_zero_gradients() -> None:
     lookup = _lookup()
-    gradients = lookup.return_gradients(_fetch(lookup, np.array([[7, 3], [7, 9]])))
+    gradients = lookup.return_gradients(lookup.read(np.array([[7, 3], [7, 9]])))
     assert gradients.local_rows.tolist() == [3, 7, 9]
     assert (gradients.gradients == 0).all()
 
 
 def test_gradient_is_the_derivative_of_the_loss() -> None:
     lookup = _lookup(num_rows=30, dim=3, dtype="float64")
-    rows = _fetch(lookup, np.array([[1, 1, 4], [29, 4, 1]]))
+    ids = torch.tensor([[1, 1, 4], [29, 4, 1]])
+    rows = lookup.read(ids.numpy())
+    table = torch.nn.Embedding(30, 3, _weight=torch.from_numpy(lookup.shard.rows.weight.copy()))
 
-    def two_microbatches(_values: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(rows.expand(0)).sum() + (rows.expand(1) ** 3 * torch.tensor([1.0, 2.0, 3.0])).sum()
+    def loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(first).sum() + (second**3 * torch.tensor([1.0, 2.0, 3.0])).sum()
 
-    assert torch.autograd.gradcheck(two_microbatches, (rows.values,))
+    loss(rows.expand(0), rows.expand(1)).backward()
+    loss(table(ids[0]), table(ids[1])).backward()
+    gradients = lookup.return_gradients(rows)
+    assert table.weight.grad is not None
+    np.testing.assert_allclose(gradients.gradients, table.weight.grad[gradients.local_rows].numpy(), rtol=1e-14)
+
+
+def test_bfloat16_rows_have_float32_gradients() -> None:
+    """Their 3 * 256 addends of 1 / 256 would stop growing at 1 in bfloat16."""
+    lookup = sharded_tables(Tables(rows=20, row_dim=4, dtype="bfloat16"))[0]
+    rows = lookup.read(np.full((3, 256), 7))
+    memory = torch.cat([rows.expand(i) for i in range(3)])
+    assert memory.dtype == torch.bfloat16
+    (memory.float() / 256).sum().backward()
+    np.testing.assert_array_equal(lookup.return_gradients(rows).gradients, np.full((1, 4), 3.0, np.float32))
 
 
 def test_gradients_of_many_repeats_are_bit_identical_on_several_threads() -> None:
@@ -75,7 +80,7 @@ def test_gradients_of_many_repeats_are_bit_identical_on_several_threads() -> Non
     threads = torch.get_num_threads()
     for number in (1, 2, 2, 2):
         torch.set_num_threads(number)
-        rows = _fetch(lookup, ids)
+        rows = lookup.read(ids)
         for microbatch in range(2):
             (rows.expand(microbatch) * weights).sum().backward()
         results.append(lookup.return_gradients(rows).gradients)
@@ -93,39 +98,10 @@ def test_sum_by_row_adds_in_the_order_of_the_input() -> None:
     assert sums[:, 0].tolist() == [5.0, 1.0, 7.0]
 
 
-class _FlipsOneBit(LoopbackTransport):
-    """A network that damages one id."""
-
-    def __init__(self, bit: int) -> None:
-        self.bit = bit
-
-    def exchange(
-        self,
-        rows: torch.Tensor,
-        send_counts: NDArray[np.int64],
-        receive_counts: NDArray[np.int64],
-        *,
-        what: str = "rows",
-    ) -> torch.Tensor:
-        received = rows.clone()
-        if rows.dtype == torch.int64:
-            received[2] ^= 1 << self.bit
-        return received
-
-
-@pytest.mark.parametrize("bit", [9, 40, 62])
-def test_id_damaged_beyond_the_table_is_refused(bit: int) -> None:
-    clean = _lookup()
-    lookup = RowLookup(clean.shard, clean.layout, _FlipsOneBit(bit))
-    with pytest.raises(TransportError, match=r"rank 0 was asked by rank 0 for row .*1 of 5 ids are wrong"):
-        lookup.start(np.arange(5))
-
-
 def _ask_with_another_layout(rank: int, world_size: int) -> str:
-    layout = RowLayout(200, 16 if rank == 0 else 8, world_size)
-    lookup = RowLookup(TableShard(layout, rank, 4), layout, all_ranks_transport(timeout_s=60))
+    lookup, _ = sharded_tables(Tables(rows=200, row_dim=4, block_rows=16 if rank == 0 else 8), rank, world_size)
     with pytest.raises(TransportError) as refusal:
-        lookup.start(np.arange(8, 24))
+        lookup.read(np.arange(8, 24))
     return str(refusal.value)
 
 

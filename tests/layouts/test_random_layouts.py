@@ -34,7 +34,7 @@ SHAPES = {
     "engram.multi_branch": st.sampled_from(["true", "false"]),
     "engram.conv_kernel_size": st.integers(1, 4),
     "engram.rows_per_head": st.integers(30, 120),
-    "engram.block_rows": st.sampled_from([7, 32, 1000]),
+    "tables.block_rows": st.sampled_from([7, 32, 1000]),
     "data.sequence_length": st.sampled_from([16, 24, 30, 32]),
     "data.separate_documents": st.sampled_from(["true", "false"]),
     "engram.cut_at_documents": st.sampled_from(["true", "false"]),

@@ -76,8 +76,10 @@ def _logits(rank: int, world_size: int) -> dict[str, np.ndarray[Any, Any]]:
         memory_LTBE = None
         if run.memory is not None:
             if name != "rows":
-                run.memory.shard.weight[:] = 0
-            memory_LTBE = run.memory.of_microbatch(run.memory.start(batches).wait(), 0)
+                run.memory.shard.rows.weight[:] = 0
+            rows = run.memory.plan(batches)
+            run.memory.fetch(rows)
+            memory_LTBE = run.memory.of_microbatch(rows, 0)
         m = make_microbatch(batches[0], memory_LTBE, separate_documents=True, cut_memory_at_documents=True)
         with torch.no_grad():
             out = run.chunks[0](m.tokens_BT, m.document_ids_BT, m.memory_LTBE, m.memory_document_ids_BT)

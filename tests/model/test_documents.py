@@ -35,6 +35,7 @@ def _token_losses(rank: int, world_size: int, layout: Layout) -> dict[tuple[str,
     import torch
     from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
+    from engram_megatron.training.conditional_memory import StepRows
     from engram_megatron.training.forward_step import make_microbatch
 
     overrides = [f"parallel.tensor={layout.tensor}", f"parallel.context={layout.context}"]
@@ -44,7 +45,9 @@ def _token_losses(rank: int, world_size: int, layout: Layout) -> dict[tuple[str,
     def losses(batch: Batch, separate: bool, cut: bool) -> Any:
         length = batch.tokens.shape[1]
         ids = run.memory.hasher.rows(batch.tokens, batch.document_ids if cut else None)
-        rows = run.memory.lookup.start(ids[None, :, :, run.ranks.memory_positions(length)]).wait()
+        own_ids = ids[None, :, :, run.ranks.memory_positions(length)]
+        rows = StepRows(run.memory.worker.submit(lambda: run.memory.lookup.plan(own_ids)))
+        run.memory.fetch(rows)
         memory_LTBE = run.memory.of_microbatch(rows, 0)
         positions = run.ranks.token_positions(length)
         m = make_microbatch(

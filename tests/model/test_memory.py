@@ -73,7 +73,7 @@ def test_tables_are_dealt_in_blocks_over_every_rank() -> None:
     config = engram_27b()
     assert config.engram is not None
     row_bytes = 80 * (4 + 8)  # weight and two moments in float32
-    assert rank_memory(config, 64, 0, _one_value).host_tables % (config.engram.block_rows * row_bytes) == 0
+    assert rank_memory(config, 64, 0, _one_value).host_tables % (config.tables.block_rows * row_bytes) == 0
     # 72.4M rows of 960 bytes; the last blocks of 64 ranks may add 64 * 4096 rows, 0.4 %
     assert job_table_bytes(config, 64) == pytest.approx(72404232 * row_bytes, rel=4e-3)
     assert rank_table_rows(config, 1) == 72404232

@@ -71,7 +71,7 @@ def test_values_do_not_depend_on_layout_or_number_of_shards(dtype: str, row_dim:
             shard = TableShard(layout, number, row_dim, dtype)
             shard.initialize(7, 0.02)
             rows = layout.global_row(number, np.arange(shard.num_rows))
-            np.testing.assert_array_equal(shard.weight, whole[rows])
+            np.testing.assert_array_equal(shard.rows.weight, whole[rows])
 
 
 def test_float32_values_are_the_float64_values_rounded_once() -> None:

@@ -9,10 +9,13 @@ from engram_megatron.errors import UsageError
 from engram_megatron.tables.row_layout import RowLayout
 
 layouts = st.builds(
-    RowLayout,
+    lambda total_rows, block_rows, nodes, shards_per_node: RowLayout(
+        total_rows, block_rows, nodes * shards_per_node, nodes
+    ),
     total_rows=st.integers(1, 3000),
     block_rows=st.integers(1, 200),
-    num_shards=st.integers(1, 9),
+    nodes=st.integers(1, 4),
+    shards_per_node=st.integers(1, 4),
 )
 
 
@@ -49,6 +52,20 @@ def test_no_shard_is_more_than_one_block_larger_and_shard_0_is_the_largest(layou
     sizes = [layout.num_local_rows(shard) for shard in range(layout.num_shards)]
     assert max(sizes) == sizes[0]
     assert max(sizes) - min(sizes) <= layout.block_rows
+
+
+@settings(deadline=None)
+@given(layouts)
+def test_no_node_is_more_than_one_block_larger_than_another(layout: RowLayout) -> None:
+    blocks = [layout.num_local_blocks(shard) for shard in range(layout.num_shards)]
+    size = layout.shards_per_node
+    of_nodes = [sum(blocks[first : first + size]) for first in range(0, layout.num_shards, size)]
+    assert max(of_nodes) - min(of_nodes) <= 1
+
+
+def test_nodes_of_different_sizes_are_refused() -> None:
+    with pytest.raises(UsageError, match="7 ranks are not divisible by 2 nodes"):
+        RowLayout(100, 10, 7, 2)
 
 
 def test_ids_of_any_shape_and_beyond_int32_are_placed() -> None:

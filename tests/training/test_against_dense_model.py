@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from dense_run import dense_run, expert_biases, largest_difference, relative_difference, whole_table
 from ranks import run_ranks
-from small_run import build_small_run, global_batch, microbatches, numbers, small_run_config
+from small_run import build_small_run, finished_table, global_batch, microbatches, numbers, small_run_config
 
 from engram_megatron.layouts.compare import live
 
@@ -50,7 +50,8 @@ def _sharded(rank: int, world_size: int, config: Any) -> dict[str, Any]:
     batches = microbatches(global_batch(0), rank, world_size)
     logits = []
     with torch.no_grad():
-        rows = run.memory.start(batches).wait()
+        rows = run.memory.plan(batches)
+        run.memory.fetch(rows)
         run.chunks[0].eval()
         for index, batch in enumerate(batches):
             m = make_microbatch(
@@ -70,7 +71,7 @@ def _sharded(rank: int, world_size: int, config: Any) -> dict[str, Any]:
         "logits": np.concatenate(logits),
         "steps": steps,
         "parameters": {name: numbers(p) for name, p in global_named_parameters(run.chunks)},
-        "table": (owned, run.memory.shard.weight.copy()),
+        "table": (owned, finished_table(run.memory)),
         "expert_bias": expert_biases(run.chunks),
         "used_rows": [np.unique(run.memory.hasher.rows(batch.tokens, batch.document_ids)) for batch in batches],
     }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense_run import dense_run, relative_difference, whole_table
 from ranks import run_ranks
-from small_run import build_small_run, global_batch, microbatches, numbers, small_run_config
+from small_run import build_small_run, finished_table, global_batch, microbatches, numbers, small_run_config
 from tiny_run import Start, backbone, run_starts, tables, tiny_config, train_losses
 
 from engram_megatron.layouts.compare import live
@@ -81,7 +81,7 @@ def _train(rank: int, world_size: int, config: Any, expected: dict[str, Any]) ->
         "difference": max(relative_difference(ours[name], theirs[name]) for name in ours),
         "parameters": parameters,
         "tensor_rank": run.ranks.tensor_rank,
-        "table": (owned, run.memory.shard.weight.copy()),
+        "table": (owned, finished_table(run.memory)),
         "state_bytes": sum(
             tensor.nbytes for state in run.optimizer.state_dict()["state"].values() for tensor in state.values()
         ),

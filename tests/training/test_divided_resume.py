@@ -58,7 +58,7 @@ def test_broken_run_goes_on_bit_for_bit(runs: tuple[Path, list[Any]]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     rows, resumed_rows = (tables(folder / name / LAST) for name in ("straight", "broken"))
-    for name in ("weight", "exp_avg", "exp_avg_sq"):
+    for name in ("weight", "exp_avg", "exp_avg_sq", "last_step"):
         np.testing.assert_array_equal(resumed_rows[name], rows[name], strict=True)
 
 

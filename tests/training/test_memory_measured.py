@@ -15,11 +15,11 @@ from engram_megatron.training.plan_layout import planned_memory
 TOLERANCE = 0.05
 
 # (ranks, overrides). Many rows, so that the last blocks of the tables do not decide.
-ROWS = ("engram.rows_per_head=2003", "engram.block_rows=16")
+ROWS = ("engram.rows_per_head=2003", "tables.block_rows=16")
 LAYOUTS = [
     (2, ("parallel.expert=2",)),
     (2, ("parallel.tensor=2", "training.dtype=bfloat16", "model.mhc.mapping_dtype=float32")),
-    (2, ("parallel.pipeline=2", "training.dtype=float32", "engram.table_dtype=float32")),
+    (2, ("parallel.pipeline=2", "training.dtype=float32", "tables.dtype=float32")),
     (4, ("parallel.tensor=2", "parallel.expert=2")),
     (2, ("parallel.expert=2", "parallel.distributed_optimizer=true")),
     (2, ("parallel.distributed_optimizer=true", "training.dtype=bfloat16", "model.mhc.mapping_dtype=float32")),
@@ -46,7 +46,7 @@ def _allocated(run: Any) -> dict[str, int]:
     parameters = [parameter for chunk in run.chunks for parameter in chunk.parameters()]
     buffers = [b for chunk in run.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     kept = [tensor for state in run.optimizer.state_dict()["state"].values() for tensor in state.items()]
-    shard = run.memory.shard
+    rows = run.memory.shard.rows
 
     def size(tensors: list[Any]) -> int:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -58,7 +58,7 @@ def _allocated(run: Any) -> dict[str, int]:
         "gradients": size([buffer.grad_data for buffer in buffers]),
         "master_weights": size([tensor for name, tensor in kept if name == "master"]),
         "optimizer_state": size([tensor for name, tensor in kept if name != "master"]),
-        "host_tables": shard.weight.nbytes + shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes,
+        "host_tables": rows.weight.nbytes + rows.state.nbytes + rows.last_step.nbytes,
     }
 
 

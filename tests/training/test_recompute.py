@@ -115,7 +115,8 @@ def _interleaved(rank: int, world_size: int) -> dict[str, Any]:
     for mode, changes in {"none": (), **MODES}.items():
         run = build_small_run(small_run_config("float64", changes), rank, world_size)
         batches = [microbatches(global_batch(step), 0, 1)[0] for step in range(3)]
-        rows = run.memory.start(batches).wait()
+        rows = run.memory.plan(batches)
+        run.memory.fetch(rows)
         run.optimizer.zero_grad()
         losses = []
         for index, batch in enumerate(batches):

@@ -59,7 +59,7 @@ def test_tables_are_those_of_the_unbroken_run(runs: tuple[Path, list[Any]]) -> N
     folder, _ = runs
     expected, found = (tables(folder / name / "checkpoints/step_00000006") for name in ("straight", "broken"))
     assert (expected["exp_avg"] != 0).any()
-    for name in ("weight", "exp_avg", "exp_avg_sq"):
+    for name in ("weight", "exp_avg", "exp_avg_sq", "last_step"):
         np.testing.assert_array_equal(found[name], expected[name], strict=True)
     assert found["step_count"] == expected["step_count"] == 6
 

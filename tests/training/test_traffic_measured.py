@@ -57,7 +57,8 @@ LAYOUTS = [
 
 
 def _config(layout: Layout) -> RunConfig:
-    return small_run_config("float64", layout.overrides)
+    # Every rank a node of its own: what ranks of a node read from each other crosses no wire.
+    return small_run_config("float64", [*layout.overrides, "tables.ranks_per_node=1"])
 
 
 def _route_in_turn() -> None:
@@ -85,7 +86,7 @@ def _group_names(run: Any) -> dict[str, str]:
         "expert data": state.get_expert_data_parallel_group(),
         "data": state.get_data_parallel_group(with_context_parallel=True),
         "embedding": state.get_embedding_group(),
-        "tables": run.memory.lookup.transport.group,
+        "tables": run.memory.lookup.groups.rail.inner.group,
     }
     names = {group.group_name: name for name, group in groups.items()}
     if run.config.parallel.context == 1:  # the same ranks, by another communicator
@@ -146,7 +147,7 @@ def test_tables_send_what_the_gather_counts_and_no_more_than_the_plan_says(layou
     for of_rank in of_ranks:
         gather = of_rank["gather"]
         assert gather.lookups == rank_lookups(of_rank["config"], layout.ranks, of_rank["pipeline_rank"])
-        counts = (layout.ranks - 1) * ID_BYTES
+        counts = (layout.ranks - 1) * of_rank["config"].tables.waves * ID_BYTES
         sent = gather.id_bytes_sent + gather.row_bytes_sent + gather.gradient_bytes_sent
         assert of_rank["measured"][key] == sent + counts
     bound = sum(_predicted(r["config"], layout.ranks, r["pipeline_rank"])[key] for r in of_ranks)

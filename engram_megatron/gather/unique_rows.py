@@ -1,0 +1,88 @@
+"""The distinct rows of a step on the model's device, differentiable, arriving in waves.
+
+Shape legend: U distinct rows of this rank's batch, D row_dim.
+"""
+
+from __future__ import annotations
+
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engram_kernels.scatter_add import scatter_add_rows
+from engram_megatron import platform
+from engram_megatron.config_fields import DType
+from engram_megatron.gather.plan import GatherPlan, Route
+
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+
+
+class UniqueRows:
+    """The rows of a step on one rank.
+
+    `stored` [U, D]: the rows as the tables' weights are stored, on the host; those of a wave are there once it was
+    fetched (`RowLookup.fetch`). `values` [U, D]: the same as numbers on the model's device, after `to_device`.
+    `gradient` [U, D] float32 (float64 of a float64 table), on the device: what `expand`'s backward found, summed over
+    microbatches.
+    """
+
+    def __init__(self, plan: GatherPlan, route: Route, row_dim: int, dtype: DType) -> None:
+        self.plan = plan
+        self.route = route
+        device, shape = platform.device(), (plan.unique_rows.size, row_dim)
+        on_host = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="cpu")
+        bits = on_host.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else on_host.numpy()
+        self.stored: NDArray[Any] = bits
+        self.values = on_host if device.type == "cpu" else torch.empty_like(on_host, device=device)
+        self._on_host = on_host
+        self._inverse = torch.from_numpy(plan.inverse).to(device)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        self.gradient = torch.zeros(shape, dtype=wide, device=device)
+        # What autograd follows: the rows themselves are not in its graph, so that a wave may still fill them.
+        self._anchor = torch.zeros((), dtype=wide, device=device, requires_grad=True)
+
+    def to_device(self, wave: int) -> None:
+        """Copy a wave that has been fetched to the model's device."""
+        if self.values is self._on_host:
+            return
+        places = torch.from_numpy(np.flatnonzero(self.plan.waves == wave))
+        rows = self._on_host.index_select(0, places).to(self.values.device)
+        self.values.index_copy_(0, places.to(self.values.device), rows)
+
+    def expand(self, index: Index = ..., dtype: torch.dtype | None = None) -> Tensor:
+        """Rows of `ids[index]` with a last dimension of D added, in `dtype` (default: that of the tables' weights).
+
+        `index` is basic indexing of the ids that were asked for. With the microbatch as the ids' first dimension,
+        `expand(i)` is the memory of microbatch i. The backward adds into `gradient` in float32 (float64), in the order
+        of the ids, and is bit-identical from run to run.
+        """
+        memory: Tensor = _Expand.apply(self._anchor, self, self._inverse[index], dtype or self.values.dtype)
+        return memory
+
+    def add_gradient(self, inverse: Tensor, gradient: Tensor) -> None:
+        """Add the `gradient` [..., D] of rows `inverse` [...] to theirs."""
+        flat, rows = inverse.reshape(-1), gradient.reshape(-1, gradient.shape[-1]).to(self.gradient.dtype)
+        if self.gradient.device.type == "cpu":
+            scatter_add_rows(self.gradient.numpy(), flat.numpy(), rows.contiguous().numpy())
+            return
+        # On a GPU index_add_ adds in any order; this one sorts first.
+        distinct, within = torch.unique(flat, return_inverse=True)
+        summed = torch.ops.aten.embedding_dense_backward(rows, within, distinct.numel(), -1, False)
+        self.gradient[distinct] += summed
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, rows: UniqueRows, inverse: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.rows, ctx.inverse, ctx.anchor = rows, inverse, anchor
+        return torch.nn.functional.embedding(inverse, rows.values).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.rows.add_gradient(ctx.inverse, gradients[0])
+        return torch.zeros_like(ctx.anchor), None, None, None

@@ -1,0 +1,121 @@
+"""What is kept per table row: three arrays over the rows of a shard, and the layout of the optimizer's record.
+
+Shape letters: n rows, D columns of a row, S width of a record.
+
+    weight     [n, D]  float32, float64, or uint16 that holds bfloat16 bits: what a gather reads
+    state      [n, S]  exp_avg in [:, :D], exp_avg_sq in [:, D:2D]; float32, float64 for float64 weights
+    last_step  [n]     int32, the optimizer step (from 1) in which a row last had a gradient; 0: never, moments zero
+
+With bfloat16 weights the record ends with D int16 remainders in its last D / 2 floats (S = 2D + D/2, D even), which
+complete the weights to an exact float32 (`split_float`): 12 bytes per parameter in all. One row's record is contiguous,
+so that an update of a random row walks few pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from engram_kernels.split_float import join, split
+
+SPLIT = np.dtype(np.uint16)  # the dtype of bfloat16 bits
+
+
+@dataclass(frozen=True, eq=False)
+class RowState:
+    """The arrays of the module's docstring; they may be views of memory that several processes share."""
+
+    weight: NDArray[Any]
+    state: NDArray[Any]
+    last_step: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        n, D = self.weight.shape
+        expected = (n, state_width(self.weight.dtype, D)), compute_dtype(self.weight.dtype)
+        assert (self.state.shape, self.state.dtype) == expected, (self.state.shape, self.state.dtype, expected)
+        assert self.last_step.shape == (n,), (self.last_step.shape, n)
+        assert self.last_step.dtype == np.int32, self.last_step.dtype
+        assert all(a.flags.c_contiguous for a in (self.weight, self.state, self.last_step)), "rows must be contiguous"
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.weight.shape[0])
+
+    @property
+    def row_dim(self) -> int:
+        return int(self.weight.shape[1])
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the weights are bfloat16 bits that remainders complete."""
+        return self.weight.dtype == SPLIT
+
+    @property
+    def exp_avg(self) -> NDArray[Any]:
+        """View [n, D] of the first moments."""
+        return self.state[:, : self.row_dim]
+
+    @property
+    def exp_avg_sq(self) -> NDArray[Any]:
+        """View [n, D] of the second moments."""
+        return self.state[:, self.row_dim : 2 * self.row_dim]
+
+    @property
+    def remainder(self) -> NDArray[np.int16] | None:
+        """View [n, D] int16 of the remainders; None where the weights are whole."""
+        return self.state.view(np.int16)[:, 4 * self.row_dim :] if self.is_split else None
+
+    def part(self, rows: slice) -> RowState:
+        """Some consecutive rows, as views."""
+        return RowState(self.weight[rows], self.state[rows], self.last_step[rows])
+
+    def forget_steps(self, rows: slice) -> None:
+        """Make `rows` rows that never had a gradient; their weights stay as they are."""
+        self.state[rows, : 2 * self.row_dim] = 0
+        self.last_step[rows] = 0
+
+    def master(self, rows: slice = slice(None)) -> NDArray[Any]:
+        """A copy [k, D] of the weights of `rows` in the precision in which they are trained: float32 or float64."""
+        remainder = self.remainder
+        return self.weight[rows].copy() if remainder is None else join(self.weight[rows], remainder[rows])
+
+    def set_master(self, rows: slice | NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write `values` [k, D] of `master`'s dtype to `rows`."""
+        remainder = self.remainder
+        if remainder is None:
+            self.weight[rows] = values
+        else:
+            self.weight[rows], remainder[rows] = split(values)
+
+
+def compute_dtype(weight_dtype: DTypeLike) -> np.dtype[Any]:
+    """The type of moments, gradients and arithmetic: float64 for float64 weights, otherwise float32."""
+    dtype = np.dtype(weight_dtype)
+    assert dtype in (SPLIT, np.float32, np.float64), dtype
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def state_width(weight_dtype: DTypeLike, row_dim: int) -> int:
+    """S, the floats of a row's record."""
+    if np.dtype(weight_dtype) != SPLIT:
+        return 2 * row_dim
+    assert row_dim % 2 == 0, f"remainders of {row_dim} columns do not fill whole floats"
+    return 2 * row_dim + row_dim // 2
+
+
+def row_bytes(weight_dtype: DTypeLike, row_dim: int) -> int:
+    """Host memory of one row: weight, record and last step."""
+    record = state_width(weight_dtype, row_dim) * compute_dtype(weight_dtype).itemsize
+    return row_dim * np.dtype(weight_dtype).itemsize + record + np.dtype(np.int32).itemsize
+
+
+def zero_rows(num_rows: int, row_dim: int, weight_dtype: DTypeLike) -> RowState:
+    """Rows of zeros that never had a gradient; nothing is resident before it is written."""
+    return RowState(
+        np.zeros((num_rows, row_dim), weight_dtype),
+        np.zeros((num_rows, state_width(weight_dtype, row_dim)), compute_dtype(weight_dtype)),
+        np.zeros(num_rows, np.int32),
+    )
