@@ -1,6 +1,7 @@
 """Train a preset: python launch/train.py PRESET [--nproc-per-node N] run_dir=DIR data.corpus=DIR [key=value ...]
 
-Checks everything first, then starts the ranks. Under torchrun, which sets RANK, it is the rank's program.
+Checks everything first, then starts the ranks. Under torchrun, which sets RANK, and under mpirun it is the rank's
+program.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import preset, preset_names
+from engram_megatron.training.mpi_launch import join_mpi_launch
 
 
 def parse() -> tuple[argparse.Namespace, RunConfig]:
@@ -50,8 +52,12 @@ def start() -> int:
 
         print(describe(config, num_ranks if arguments.world_size is None else arguments.world_size))
         return 0
+    join_mpi_launch()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise UsageError("under srun start one task per node, with torchrun: srun torchrun ... launch/train.py ...")
+        raise UsageError(
+            "under srun start one task per node, with torchrun: srun torchrun ... launch/train.py ...; or one task per "
+            "rank, with an MPI plugin: srun --mpi=pmix python launch/train.py ..."
+        )
     if "RANK" not in os.environ:
         from engram_megatron.training.preflight import check_start
 

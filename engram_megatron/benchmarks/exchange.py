@@ -1,0 +1,78 @@
+"""The checked exchange between ranks against the bare all-to-all of the same bytes. Run by all ranks alike.
+
+Every rank sends every rank an equal share of `MEGABYTES`, its own share too. The bare all-to-all works in buffers that
+it keeps; the checked exchange takes checksums of what it sends and receives, sends them too, and returns a new tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from engram_kernels.checksum import piece_checksums, piece_seeds
+from engram_megatron.benchmarks.measure import Candidate, Comparison, interleaved
+from engram_megatron.gather.transport import CheckedTransport, GlooTransport, MpiTransport, TransportKind
+from engram_megatron.gather.transport.groups import all_ranks_transport
+from engram_megatron.gather.transport.protocol import byte_view
+
+MEGABYTES = 16
+ROW_DIM = 80  # Engram-27B: 160 bytes in bfloat16
+TARGET = 0.9
+TIMEOUT_S = 120.0
+
+
+def checksum(repeats: int) -> list[Comparison]:
+    """The checksum against one copy, on this rank's threads. Not collective."""
+    data = np.random.default_rng(0).integers(0, 256, MEGABYTES * 10**6, dtype=np.uint8)
+    copy = np.zeros_like(data)
+    sizes, seeds = np.array([data.size // 2] * 2), piece_seeds(1, 0, np.arange(2))
+    candidates: dict[str, Candidate] = {
+        "ours": lambda: piece_checksums(data, sizes, seeds),
+        "memcpy": lambda: np.copyto(copy, data),
+    }
+    seconds = interleaved(candidates, repeats)
+    return [Comparison(f"checksum of {MEGABYTES} MB", seconds["ours"], "memcpy", seconds["memcpy"], 1.0)]
+
+
+def exchange(kind: TransportKind, repeats: int) -> list[Comparison]:
+    """Rows and row counts over `kind`, gloo or MPI; collective over the default process group of several ranks.
+
+    Raises:
+        UsageError: this kind cannot work here.
+    """
+    checked = all_ranks_transport(TIMEOUT_S, kind)
+    assert isinstance(checked, CheckedTransport), "nothing is exchanged by a lone rank"
+    share = MEGABYTES * 10**6 // (2 * ROW_DIM * checked.size)
+    counts = np.full(checked.size, share, np.int64)
+    rows = torch.ones(share * checked.size, ROW_DIM, dtype=torch.bfloat16)
+    received = torch.zeros_like(rows)
+    candidates: dict[str, Candidate] = {
+        "checked": lambda: checked.exchange(rows, counts, counts),
+        "unchecked": lambda: checked.inner.exchange(rows, counts, counts),
+        "bare": _bare(checked.inner, rows, received),
+        "checked counts": lambda: checked.exchange_counts(counts),
+        "unchecked counts": lambda: checked.inner.exchange_counts(counts),
+    }
+    seconds = interleaved(candidates, repeats)
+    name = f"{MEGABYTES} MB, {checked.size} ranks, {kind}"
+    return [
+        Comparison(f"checked exchange, {name}", seconds["checked"], "bare all-to-all", seconds["bare"], TARGET),
+        Comparison(f"checked exchange, {name}", seconds["checked"], "unchecked", seconds["unchecked"]),
+        Comparison(f"counts, {kind}", seconds["checked counts"], "unchecked", seconds["unchecked counts"]),
+    ]
+
+
+def _bare(transport: Any, rows: torch.Tensor, received: torch.Tensor) -> Candidate:
+    """The library's all-to-all and nothing else."""
+    if isinstance(transport, MpiTransport):
+        from mpi4py import MPI
+
+        size = rows.numel() * rows.element_size() // transport.size
+        spec = ([size] * transport.size, [size * r for r in range(transport.size)])
+        outgoing, incoming = [byte_view(rows), spec, MPI.BYTE], [byte_view(received), spec, MPI.BYTE]
+        return lambda: transport.communicator.Alltoallv(outgoing, incoming)
+    assert isinstance(transport, GlooTransport), transport
+    return lambda: dist.all_to_all_single(received, rows, group=transport.group)
