@@ -283,6 +283,8 @@ class OptimizerConfig:
         )
         for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
             check(0 <= getattr(self, name) < 1, f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1)")
+        check(self.adam_beta2 > 0, f"optimizer.adam_beta2 = {self.adam_beta2} must be positive")
+        check(self.adam_eps >= 0, f"optimizer.adam_eps = {self.adam_eps} must not be negative")
         check(self.muon_ns_steps >= 1, f"optimizer.muon_ns_steps = {self.muon_ns_steps} must be at least 1")
         check(
             len(self.decay_fractions) == len(self.decay_factors),

@@ -72,7 +72,7 @@ def measure_ranks(rank: int, world_size: int, num_rows: int, ids: list[NDArray[n
         gradients = _timed(times["back"], lambda: lookup.return_gradients(rows))  # noqa: B023
         _timed(times["update"], lambda: adam.step(gradients, LR))  # noqa: B023
         times["step"].append(time.perf_counter() - started)
-        statistics_of_step = lookup.statistics(rows)
+        statistics_of_step = rows.statistics
     medians = {name: statistics.median(values[WARM_UP:]) for name, values in times.items()}
     beside = _beside(lookup, adam, steps, medians["step"])
     assert statistics_of_step is not None

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
+from engram_kernels.gather_rows import gather_rows
 from engram_kernels.segment_sum import sum_pieces
 from engram_megatron.gather.groups import NodeGroups
 from engram_megatron.gather.plan import (
@@ -32,6 +33,7 @@ from engram_megatron.gather.plan import (
     hottest_lookups,
     make_plan,
     merge_requests,
+    plan_reads,
 )
 from engram_megatron.gather.shared_buffer import SharedBuffers
 from engram_megatron.gather.statistics import GatherStatistics
@@ -89,23 +91,19 @@ class RowLookup:
         arrivals = self._arrivals(plan, requests)
         self._received.reserve(int(counts_NW.sum()))
         route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals)
-        return UniqueRows(plan, route, self.shard.row_dim, self.shard.dtype)
+        reads = plan_reads(plan, arrivals, self.layout, self.topology.node, self.num_waves)
+        statistics = self._statistics(plan, route)
+        return UniqueRows(plan, route, reads, statistics, self.shard.row_dim, self.shard.dtype)
 
     def fetch(self, rows: UniqueRows, wave: int) -> None:
         """Bring the rows of one wave into `rows.stored`, as of `catch_up.step`."""
         self._receive(rows.route, wave)
         self.groups.node_barrier()  # all of the node have received, and none updates its shard any more
-        wanted = rows.plan.waves == wave
-        owner = self.layout.owner(rows.plan.unique_rows)
-        for rail, shard in enumerate(self.shards):
-            places = np.flatnonzero(wanted & (owner == shard.shard))
-            local_rows = self.layout.local_index(rows.plan.unique_rows[places])
-            shard.read(local_rows, self.catch_up, rows.stored, places)
-            span = rows.plan.of_rail(rail)
-            places = span.start + np.flatnonzero(wanted[span] & (rows.route.arrivals[span] >= 0))
-            arrived = rows.route.arrivals[places]
-            if arrived.size:
-                rows.stored[places] = self._received.rows(rail, int(arrived.max()) + 1)[arrived]
+        for rail, (shard, reads) in enumerate(zip(self.shards, rows.reads[wave], strict=True)):
+            shard.read(reads.local_rows, self.catch_up, rows.stored, reads.own_places)
+            if reads.arrivals.size:
+                received = self._received.rows(rail, int(reads.arrivals.max()) + 1)
+                gather_rows(received, reads.arrivals, rows.stored, reads.received_places)
         self.groups.node_barrier()  # all of the node have read: buffers and shards may change
 
     def return_gradients(self, rows: UniqueRows) -> RowGradients:
@@ -114,6 +112,8 @@ class RowLookup:
         A row's gradient is the sum over the ranks of a node in their order, then over nodes in theirs: bit-identical
         from run to run. Every row that was asked for is there, with zeros where no loss depended on it.
         """
+        if self.topology.num_nodes * self.topology.ranks_per_node == 1:
+            return RowGradients.summed(self.layout.local_index(rows.plan.unique_rows), [rows.gradient.cpu().numpy()])
         route = rows.route
         summed_MD = self._sum_over_node(rows)
         outgoing = torch.from_numpy(self._of_other_nodes(summed_MD, route.requests))
@@ -126,22 +126,22 @@ class RowLookup:
         values = [received_RD[:before], summed_MD[own], received_RD[before:]]
         return RowGradients.summed(self.layout.local_index(keys), values)
 
-    def statistics(self, rows: UniqueRows) -> GatherStatistics:
-        """What the gather of `rows`, with the return of their gradients, moves on this rank."""
-        asks, asked = int(rows.route.counts_NW.sum()), int(rows.route.asked_NW.sum())
+    def _statistics(self, plan: GatherPlan, route: Route) -> GatherStatistics:
+        """What the gather of a step, with the return of its gradients, moves on this rank."""
+        asks, asked = int(route.counts_NW.sum()), int(route.asked_NW.sum())
         row_bytes = self.shard.row_dim * self.shard.rows.weight.itemsize
         gradient_bytes = self.shard.row_dim * self.shard.wide.itemsize
         return GatherStatistics(
-            lookups=rows.plan.inverse.size,
-            unique_rows=rows.plan.unique_rows.size,
+            lookups=plan.inverse.size,
+            unique_rows=plan.unique_rows.size,
             id_bytes_sent=asks * ID_BYTES,
             id_bytes_received=asked * ID_BYTES,
             row_bytes_sent=asked * row_bytes,
             row_bytes_received=asks * row_bytes,
             gradient_bytes_sent=asks * gradient_bytes,
             gradient_bytes_received=asked * gradient_bytes,
-            node_row_bytes=int((rows.route.arrivals < 0).sum()) * row_bytes,
-            hottest_lookups=hottest_lookups(rows.plan),
+            node_row_bytes=int((route.arrivals < 0).sum()) * row_bytes,
+            hottest_lookups=hottest_lookups(plan),
         )
 
     def _merge(self, plan: GatherPlan) -> tuple[NodeRequests, Int64]:

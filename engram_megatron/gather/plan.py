@@ -138,3 +138,33 @@ class Route:
         ends = np.cumsum(self.asked_NW.reshape(-1)).reshape(self.asked_NW.shape)
         starts = ends - self.asked_NW
         return [slice(int(start), int(stop)) for start, stop in zip(starts[:, wave], ends[:, wave], strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """What a rank reads in one wave from one rank of its node, into which places of its distinct rows; all int64.
+
+    Of that rank's shard: `local_rows`, to `own_places`. Of what it has received: the rows at `arrivals`, to
+    `received_places`.
+    """
+
+    local_rows: Int64
+    own_places: Int64
+    arrivals: Int64
+    received_places: Int64
+
+
+def plan_reads(plan: GatherPlan, arrivals: Int64, layout: RowLayout, node: int, num_waves: int) -> list[list[Reads]]:
+    """For every wave, and in it for every rank of the `node`, what is read; `arrivals` as in `Route`."""
+    owners, local_rows = layout.owner(plan.unique_rows), layout.local_index(plan.unique_rows)
+    reads = []
+    for wave in range(num_waves):
+        of_wave = []
+        for rail in range(layout.shards_per_node):
+            span = plan.of_rail(rail)
+            places = span.start + np.flatnonzero(plan.waves[span] == wave)
+            own = places[owners[places] == node * layout.shards_per_node + rail]
+            received = places[arrivals[places] >= 0]
+            of_wave.append(Reads(local_rows[own], own, arrivals[received], received))
+        reads.append(of_wave)
+    return reads

@@ -16,7 +16,8 @@ from torch import Tensor
 from engram_kernels.scatter_add import scatter_add_rows
 from engram_megatron import platform
 from engram_megatron.config_fields import DType
-from engram_megatron.gather.plan import GatherPlan, Route
+from engram_megatron.gather.plan import GatherPlan, Reads, Route
+from engram_megatron.gather.statistics import GatherStatistics
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
@@ -31,9 +32,19 @@ class UniqueRows:
     microbatches.
     """
 
-    def __init__(self, plan: GatherPlan, route: Route, row_dim: int, dtype: DType) -> None:
+    def __init__(
+        self,
+        plan: GatherPlan,
+        route: Route,
+        reads: list[list[Reads]],
+        statistics: GatherStatistics,
+        row_dim: int,
+        dtype: DType,
+    ) -> None:
         self.plan = plan
         self.route = route
+        self.reads = reads
+        self.statistics = statistics
         device, shape = platform.device(), (plan.unique_rows.size, row_dim)
         on_host = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="cpu")
         bits = on_host.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else on_host.numpy()

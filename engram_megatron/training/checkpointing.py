@@ -116,6 +116,7 @@ class Checkpointer:
         if self.memory is not None:
             try:
                 tables.load_shard(path / TABLES, self.memory.adam, weights_only=weights_only)
+                self.memory.share_initial()
             except UsageError as error:
                 problem = str(error)
         problems: list[str | None] = [None] * self.ranks.world_size

@@ -42,7 +42,7 @@ from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.expected_rows import expected_touched_rows
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.row_layout import RowLayout
-from engram_megatron.tables.table_shard import InitialRows, TableShard
+from engram_megatron.tables.table_shard import TableShard
 from engram_megatron.training.parallel import Ranks
 
 
@@ -133,8 +133,12 @@ class ConditionalMemory:
     def initialize(self, seed: int) -> None:
         """Fill the shard with its initial rows, a function of (seed, row id)."""
         self.shard.initialize(seed, self.engram.init_std)
+        self.share_initial()
+
+    def share_initial(self) -> None:
+        """Let the other shards of the node make their rows as this one does, after it was initialized or loaded."""
         for shard in self.shards:
-            shard.initial = InitialRows(seed, self.engram.init_std)
+            shard.initial = self.shard.initial
 
     def plan(self, batches: Sequence[Batch]) -> StepRows:
         """Hash the microbatches of a step and tell the owners of their rows. Collective over all ranks.
@@ -190,7 +194,7 @@ class ConditionalMemory:
 
     def statistics(self, rows: StepRows) -> GatherStatistics:
         """What the gather of a step moved on this rank."""
-        return self.lookup.statistics(rows.wait(self.num_waves - 1))
+        return rows.wait(self.num_waves - 1).statistics
 
 
 def _chunk_layers(config: RunConfig, pipeline_rank: int) -> list[list[int]]:

@@ -72,7 +72,7 @@ def _sharded(rank: int, world_size: int, ranks_per_node: int, dtype: str, waves:
                 "rows": layout.global_row(rank, np.arange(shard.num_rows)),
                 "weight": shard.finished(adam.read_as_of),
                 "masters": shard.finished_masters(np.arange(shard.num_rows), adam.read_as_of),
-                "scalars": lookup.statistics(rows).scalars(),
+                "scalars": rows.statistics.scalars(),
             }
         )
     return history
