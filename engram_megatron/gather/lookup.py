@@ -76,9 +76,7 @@ class RowLookup:
         counts_NW[self.topology.node] = 0  # nothing is sent to oneself
         asked_NW = _tell(self.groups.rail, counts_NW)
         ids_out = torch.from_numpy(self._of_other_nodes(requests.rows, requests))
-        asked = self.groups.rail.exchange(
-            ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids"
-        ).numpy()
+        asked = self.groups.rail.exchange(ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids").numpy()
         self._check_requests(asked, asked_NW.sum(axis=1))
         arrivals = self._arrivals(plan, requests)
         self._received.reserve(int(counts_NW.sum()))
