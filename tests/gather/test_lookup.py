@@ -10,8 +10,10 @@ from ranks import run_ranks
 from sharded_tables import Tables, sharded_tables
 
 from engram_kernels.segment_sum import sum_by_row
+from engram_megatron.errors import UsageError
 from engram_megatron.gather.lookup import RowLookup
 from engram_megatron.gather.transport import TransportError
+from engram_megatron.tables.row_layout import RowLayout
 
 
 def _lookup(num_rows: int = 500, dim: int = 8, dtype: str = "float32") -> RowLookup:
@@ -98,8 +100,21 @@ def test_sum_by_row_adds_in_the_order_of_the_input() -> None:
     assert sums[:, 0].tolist() == [5.0, 1.0, 7.0]
 
 
+def _open_another_table(rank: int, world_size: int) -> str:
+    with pytest.raises(UsageError) as refusal:
+        sharded_tables(Tables(rows=200, row_dim=4, block_rows=16 if rank == 0 else 8), rank, world_size)
+    return str(refusal.value)
+
+
+def test_ranks_with_other_tables_are_refused_before_any_exchange() -> None:
+    for message in run_ranks(_open_another_table, 2):
+        assert message.startswith("rank 1 has other Engram tables than rank 0: 200 rows of 4 float32 numbers in blocks")
+
+
 def _ask_with_another_layout(rank: int, world_size: int) -> str:
-    lookup, _ = sharded_tables(Tables(rows=200, row_dim=4, block_rows=16 if rank == 0 else 8), rank, world_size)
+    lookup, _ = sharded_tables(Tables(rows=200, row_dim=4, block_rows=8), rank, world_size)
+    if rank == 0:
+        lookup.layout = RowLayout(200, 16, world_size, world_size)
     with pytest.raises(TransportError) as refusal:
         lookup.read(np.arange(8, 24))
     return str(refusal.value)
