@@ -38,13 +38,17 @@ class Comparison:
 
 
 def interleaved(
-    candidates: Mapping[str, Candidate], repeats: int, prepare: Mapping[str, Candidate] | None = None
+    candidates: Mapping[str, Candidate],
+    repeats: int,
+    prepare: Mapping[str, Candidate] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median wall seconds of each candidate over `repeats` rounds, after one round of warm-up.
+    """Median seconds of each candidate over `repeats` rounds, after one round of warm-up.
 
     Every round calls each candidate once, in turn and from a moving start, so that a machine that slows down for a
     while, and the cache that the one before left behind, are shared by all. `prepare[name]` runs before each call of
-    that candidate and is not timed.
+    that candidate and is not timed. `clock` may be `time.process_time` for candidates that run on one thread, where
+    other programs share the cores.
     """
     assert repeats > 0, repeats
     names = list(candidates)
@@ -57,9 +61,9 @@ def interleaved(
             for name in names[start:] + names[:start]:
                 if prepare is not None and name in prepare:
                     prepare[name]()
-                begin = time.perf_counter()
+                begin = clock()
                 result = candidates[name]()
-                elapsed = time.perf_counter() - begin
+                elapsed = clock() - begin
                 del result  # outside of the timing
                 if turn > 0:
                     seconds[name].append(elapsed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class Setting:
     text: TextTokens
     num_threads: int
     repeats: int
+    cpu_time: bool = False  # seconds of the processor instead of the clock on the wall
+
+    def time(self, candidates: Mapping[str, Candidate], repeats: int) -> dict[str, float]:
+        """Medians as `interleaved`."""
+        return interleaved(candidates, repeats, clock=time.process_time if self.cpu_time else time.perf_counter)
 
     def batches(self, num_rows: int) -> Iterator[NDArray[np.int64]]:
         """Ids of one window after another, without end.
@@ -63,7 +69,7 @@ def hash_rows(setting: Setting) -> list[Comparison]:
         "ours": lambda: ngram_hash(*arguments),
         "numpy": lambda: reference.ngram_hash(*arguments),
     }
-    seconds = interleaved(candidates, setting.repeats)
+    seconds = setting.time(candidates, setting.repeats)
     return [Comparison(f"hash of {tokens.size} tokens", seconds["ours"], "demo's numpy", seconds["numpy"], 7.0)]
 
 
@@ -80,7 +86,7 @@ def _distinct(setting: Setting, num_lookups: int, repeats: int) -> Comparison:
         "ours": lambda: unique_rows(ids),
         "torch": lambda: torch.unique(tensor, sorted=True, return_inverse=True),
     }
-    seconds = interleaved(candidates, repeats)
+    seconds = setting.time(candidates, repeats)
     share = unique_rows(ids)[0].size / num_lookups
     return Comparison(
         f"distinct of {num_lookups} ids ({share:.2f})", seconds["ours"], "torch.unique", seconds["torch"], 2.0
@@ -120,7 +126,7 @@ def _gather(setting: Setting, kind: str, dtype: np.dtype[Any]) -> list[Compariso
         in_c = compile_c_gather(Path(folder), setting.num_threads)
         if in_c is not None:
             candidates["C"] = lambda: in_c(weight, next(batches), out)
-        s = interleaved(candidates, setting.repeats)
+        s = setting.time(candidates, setting.repeats)
     versus_c = [] if in_c is None else [Comparison(f"gather, {kind}", s["ours"], "C", s["C"], 0.90)]
     unique_names = f"dedup + gather, {kind}", "torch.unique + index_select"
     return [

@@ -15,7 +15,7 @@ from engram_kernels.row_adam import read_rows, update_rows
 from engram_kernels.row_state import SPLIT, RowState, row_bytes, zero_rows
 from engram_kernels.segment_sum import sum_pieces
 from engram_kernels.unique_rows import unique_rows
-from engram_megatron.benchmarks.measure import Candidate, Comparison, interleaved
+from engram_megatron.benchmarks.measure import Candidate, Comparison
 from engram_megatron.benchmarks.row_ids import WINDOW
 from engram_megatron.benchmarks.row_kernels import LOOKUPS, NUM_BATCHES, ROW_DIM, ROW_KINDS, TABLE_BYTES, Setting
 from engram_megatron.benchmarks.row_limits import dense_sweep, read_modify_write
@@ -59,7 +59,7 @@ def _read(setting: Setting, kind: str, dtype: np.dtype[Any]) -> Comparison:
         some = next(rows)
         gather_rows(table.weight, some, out[: some.size])
 
-    s = interleaved({"read": caught_up, "gather": plain}, setting.repeats)
+    s = setting.time({"read": caught_up, "gather": plain}, setting.repeats)
     return Comparison(f"read caught up, {kind}", s["read"], "gather alone", s["gather"])
 
 
@@ -93,7 +93,7 @@ def _update(setting: Setting, kind: str, dtype: np.dtype[Any]) -> list[Compariso
         "limit": lambda: read_modify_write(weight_bits, table.state.view(np.uint32), next(rows)),
     }
     # The limit changes the lowest bits only, and changes them back when it meets a row again.
-    s = interleaved(candidates, setting.repeats)
+    s = setting.time(candidates, setting.repeats)
     return [
         Comparison(f"sum + Adam, {kind}", s["ours"], "torch SparseAdam, float32", s["torch"], 3.5),
         Comparison(f"sum + Adam, {kind}", s["ours"], "read + write of the records", s["limit"], 0.25),
@@ -121,7 +121,7 @@ def _update_or_sweep(setting: Setting, table: RowState, catch_up: CatchUp, perce
     def sweep() -> None:
         dense_sweep(table.weight, table.state, table.last_step, rows, gradients, np.int32(catch_up.step), scalars)
 
-    s = interleaved({"sparse": sparse, "sweep": sweep}, max(3, setting.repeats // 4))
+    s = setting.time({"sparse": sparse, "sweep": sweep}, max(3, setting.repeats // 4))
     return Comparison(f"update of {percent} % of rows", s["sparse"], "dense sweep", s["sweep"], 0.90)
 
 
@@ -148,6 +148,6 @@ def _whole_path(setting: Setting, kind: str, dtype: np.dtype[Any]) -> Comparison
         update_rows(table, summed.rows, summed.sums, catch_up, LR)
         catch_up.advance(LR)
 
-    seconds = interleaved({"step": step}, max(3, setting.repeats // 4))["step"]
+    seconds = setting.time({"step": step}, max(3, setting.repeats // 4))["step"]
     per_token = seconds / (PATH_WINDOWS * WINDOW)
     return Comparison(f"host path per token, {kind}, one core", per_token, "100,000 tokens/s", 1e-5, 1.0)

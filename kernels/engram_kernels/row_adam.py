@@ -29,7 +29,7 @@ from engram_kernels.prefetch import prefetch_bytes
 from engram_kernels.row_state import RowState
 from engram_kernels.split_float import high_half, low_half, whole
 
-_ROWS_AHEAD = 2  # a record has a dozen cache lines: with more rows ahead they drive each other out
+_ROWS_AHEAD = 6  # of a dozen cache lines each
 _ROWS_PER_TASK = 256
 
 
