@@ -322,7 +322,8 @@ def _losses_with_and_without(rank: int, world_size: int) -> tuple[float, float]:
     for count in (1, 0):
         config = small_run_config("float64", [*MTP, f"model.mtp.num_layers={count}"])
         run = build_small_run(replace(config, name=f"mtp {count}"), rank, world_size)
-        microbatches_of_chunks, _ = run.trainer._prepare(microbatches(global_batch(0), 0, 1), is_training=False)
+        mine = microbatches(global_batch(0), 0, 1)
+        microbatches_of_chunks = run.trainer._prepare(mine, run.trainer._rows(mine), is_training=False)
         losses.append(run.trainer.runner.evaluate(microbatches_of_chunks, 2).loss)
     return losses[0], losses[1]
 
