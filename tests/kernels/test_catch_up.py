@@ -41,11 +41,12 @@ def test_window_ends_where_powers_are_negligible() -> None:
 
 
 def test_restored_history_goes_on_to_the_bit() -> None:
-    whole = CatchUp(0.9, 0.95, 1e-20)
+    whole, resumed = CatchUp(0.9, 0.95, 1e-20), CatchUp(0.9, 0.95, 1e-20)
+    resumed.advance(1.0)  # to be forgotten
     for step in range(1, 700):
         whole.advance(_rate(step))
         if step == 600:
-            resumed = CatchUp.restore(0.9, 0.95, 1e-20, whole.sums, whole.learning_rates)
+            resumed.replay(whole.learning_rates[1:])
         if step > 600:
             resumed.advance(_rate(step))
     assert resumed.step == whole.step == 699
@@ -56,7 +57,8 @@ def test_restored_history_goes_on_to_the_bit() -> None:
 
 
 def test_history_of_no_steps_can_be_restored() -> None:
-    fresh = CatchUp(0.9, 0.95, 1e-20)
-    resumed = CatchUp.restore(0.9, 0.95, 1e-20, fresh.sums, fresh.learning_rates)
+    resumed = CatchUp(0.9, 0.95, 1e-20)
+    resumed.advance(1.0)
+    resumed.replay(np.empty(0))
     assert resumed.step == 0
     assert resumed.sums.tolist() == [0.0]
