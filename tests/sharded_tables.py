@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engram_kernels.catch_up import CatchUp
+from engram_megatron import platform
 from engram_megatron.gather.groups import make_groups, open_node_shards
 from engram_megatron.gather.lookup import RowLookup
 from engram_megatron.gather.topology import Topology
@@ -32,6 +33,8 @@ class Tables:
 
 def sharded_tables(tables: Tables, rank: int = 0, world_size: int = 1) -> tuple[RowLookup, RowAdam]:
     """A rank's lookup and optimizer. Collective; a single process needs no process group."""
+    if world_size > 1:
+        platform.limit_threads(1)  # or the idle threads of all ranks keep each other from the cores
     topology = Topology(rank, world_size // tables.ranks_per_node, tables.ranks_per_node)
     layout = RowLayout(tables.rows, tables.block_rows, world_size, topology.num_nodes)
     shard = TableShard(layout, rank, tables.row_dim, tables.dtype, commit=tables.commit)

@@ -91,7 +91,10 @@ def test_bfloat16_rows_train_as_float32_ones_but_for_their_rounding(found: list[
 
 def test_tables_tell_how_they_are(found: list[dict[str, dict[str, Any]]]) -> None:
     values = found[0]["eager"]["metrics"]
-    assert values == found[1]["eager"]["metrics"]
+    others = found[1]["eager"]["metrics"]
+    assert {name: values[name] for name in values if not name.startswith("perf/")} == {
+        name: others[name] for name in others if not name.startswith("perf/")
+    }
     touched = np.mean(_table(found, "eager", "last_step") > 0)
     assert values["tables/never_touched"] == pytest.approx(1 - touched, abs=0.05)  # one step later
     assert values["tables/owner_imbalance"] >= 1
