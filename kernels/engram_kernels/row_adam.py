@@ -2,8 +2,6 @@
 
 A row is caught up with the steps that it missed when it is used (`catch_up`). Reading brings it to date in the copy
 only, so reads may run at any time between updates, on any number of threads, and nothing depends on who read what.
-Where a step uses so many rows that random access costs more than passing over all, the update moves every row that ever
-had a gradient, in order of memory: the same numbers but for rounding, and reads have nothing to catch up.
 
 A step with gradient g, in torch's form (`torch.optim.Adam`; Kingma & Ba, arXiv 1412.6980):
 
@@ -33,7 +31,6 @@ from engram_kernels.split_float import high_half, low_half, whole
 
 _ROWS_AHEAD = 6  # of a dozen cache lines each
 _ROWS_PER_TASK = 256
-SWEEP_SHARE = 0.38  # of all rows; from here on all are moved (`launch/bench_tables.py --only update_or_sweep`)
 
 
 class _Constants(NamedTuple):
@@ -94,8 +91,7 @@ def update_rows(
     """Take step `catch_up.step + 1` with gradient * scale on `rows`; `catch_up.advance(lr)` completes it afterwards.
 
     rows int64 [u], strictly rising; gradients [u, D] of the table's type of arithmetic. Rows that missed steps are
-    caught up first, so that all other rows may be left alone; they are, unless `rows` are more than `SWEEP_SHARE` of
-    the table. `touched_only`: they are not, and neither weights nor
+    caught up first, so that all other rows may be left alone. `touched_only`: they are not, and neither weights nor
     moments of a row move in a step that did not use it (`torch.optim.SparseAdam`); `gather_rows` then reads the rows.
     Raises `IndexError` for a row outside the table.
     """
@@ -103,16 +99,12 @@ def update_rows(
     assert _is_strictly_rising(rows), "the rows of an update must rise strictly"
     assert gradients.shape == (rows.size, table.row_dim), (gradients.shape, rows.size, table.row_dim)
     assert gradients.dtype == table.state.dtype, (gradients.dtype, table.state.dtype)
-    slots = np.arange(rows.size)
-    if rows.size > SWEEP_SHARE * table.num_rows and not touched_only:
-        rows, slots = _all_live_rows(table, rows)
     _update(
         table.weight,
         _halves(table),
         table.state,
         table.last_step,
         rows,
-        slots,
         gradients,
         catch_up.tables(),
         _constants(table, catch_up, lr, scale),
@@ -121,14 +113,6 @@ def update_rows(
         catch_up.is_closed,
         touched_only,
     )
-
-
-def _all_live_rows(table: RowState, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All rows that ever had a gradient, `rows` among them, rising; and where in `rows` each stands, -1 if nowhere."""
-    slots = np.full(table.num_rows, -1, np.int64)
-    slots[rows] = np.arange(rows.size)
-    live = np.flatnonzero((table.last_step > 0) | (slots >= 0))
-    return live, slots[live]
 
 
 def _constants(table: RowState, catch_up: CatchUp, lr: float, scale: float) -> _Constants:
@@ -212,7 +196,6 @@ def _update(
     state: Any,
     last_step: Any,
     rows: Any,
-    slots: Any,
     gradients: Any,
     tables: Any,
     constants: Any,
@@ -239,10 +222,7 @@ def _update(
                 _catch_up_row(state, row, last, steps_done, tables, constants, window, is_closed, work)
                 decay1 = state.dtype.type(tables.powers1[steps_done - last])
                 decay2 = state.dtype.type(tables.powers2[steps_done - last])
-            if slots[i] >= 0:
-                _adam_row(state, row, gradients, slots[i], constants.scale, decay1, decay2, constants, work)
-            else:  # any finite gradient times zero
-                _adam_row(state, row, gradients, 0, constants.zero, decay1, decay2, constants, work)
+            _adam_row(state, row, gradients, i, decay1, decay2, constants, work)
             _store_row(weight, halves, row, work)
             last_step[row] = steps_done + 1
 
@@ -323,13 +303,12 @@ def _catch_up_row(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _adam_row(
-    state: Any, row: Any, gradients: Any, i: Any, scale: Any, decay1: Any, decay2: Any, constants: Any, work: Any
+    state: Any, row: Any, gradients: Any, i: Any, decay1: Any, decay2: Any, constants: Any, work: Any
 ) -> None:
-    """One step with gradients[i] * scale on work[0] and on the moments of `row`, which decay first by what they
-    missed."""
+    """One step on work[0] and on the moments of `row`, which decay first by what they missed."""
     row_dim = work.shape[1]
     for column in range(row_dim):
-        g = gradients[i, column] * scale
+        g = gradients[i, column] * constants.scale
         m = decay1 * state[row, column]
         v = decay2 * state[row, row_dim + column]
         m += constants.one_minus_beta1 * (g - m)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from engram_kernels import row_adam
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.gather_rows import gather_rows
 from engram_kernels.row_adam import read_rows, update_rows
@@ -164,25 +163,6 @@ def test_reading_changes_nothing_and_shows_what_an_update_starts_from(dtype: str
     # an update with lr 0 catches up and then moves nothing
     update_rows(table, np.arange(ROWS), np.zeros((ROWS, DIM), table.state.dtype), catch_up, lr=0.0)
     np.testing.assert_array_equal(table.weight, first)
-
-
-@pytest.mark.parametrize("eps", [EPS, LARGE_EPS])
-def test_passing_over_all_rows_equals_dense_adam_and_leaves_nothing_to_catch_up(
-    monkeypatch: pytest.MonkeyPatch, eps: float
-) -> None:
-    """In every third step all rows are moved, in the others those of the step."""
-    table, steps = _table("float64"), range(60)
-    start, catch_up = table.master(), CatchUp(*BETAS, eps)
-    used: set[int] = set()
-    for step in steps:
-        monkeypatch.setattr(row_adam, "SWEEP_SHARE", 0.0 if step % 3 == 0 else 1.0)
-        _run(table, range(step, step + 1), catch_up)
-        used.update(_gradients(step)[0].tolist())
-        if step % 3 == 0 and _gradients(step)[0].size:
-            assert (table.last_step[sorted(used)] == step + 1).all()
-    weight, _ = _torch_adam(start, steps, eps)
-    np.testing.assert_allclose(_read_all(table, catch_up), weight.numpy(), rtol=1e-10, atol=1e-13)
-    assert set(np.flatnonzero(table.last_step)) == used
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
