@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 
@@ -30,3 +31,15 @@ class GatherStatistics:
         """The panel `gather/` of TensorBoard."""
         counts = {f"gather/{name}": float(value) for name, value in asdict(self).items()}
         return counts | {"gather/unique_ratio": self.unique_ratio}
+
+
+def collision_estimate(touched_share: float) -> float:
+    """Share of the n-grams seen so far that share their row with another one, if `touched_share` of all rows were hit.
+
+    k n-grams that fall on p rows at random leave (1 - 1/p)^k of them free, about exp(-k/p); what is not free is hit by
+    one n-gram each plus the collisions. All rows hit: 1, k is unknown.
+    """
+    if touched_share >= 1.0:
+        return 1.0
+    ngrams_per_row = -math.log1p(-touched_share)
+    return 1.0 - touched_share / ngrams_per_row if ngrams_per_row > 0 else 0.0

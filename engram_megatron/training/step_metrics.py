@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from engram_megatron.config import RunConfig
-from engram_megatron.gather.statistics import GatherStatistics
+from engram_megatron.gather.statistics import GatherStatistics, collision_estimate
 from engram_megatron.model.counts import has_mtp_experts
 from engram_megatron.model.parameter_names import unwrapped
 from engram_megatron.training.conditional_memory import ConditionalMemory
@@ -62,18 +62,6 @@ def table_metrics(memory: ConditionalMemory, num_steps: int, ranks: Ranks) -> di
         "tables/collision_estimate": collision_estimate(touched_share),
         "tables/update_to_weight": math.sqrt(update_square / max(weight_square, 1e-300)),
     }
-
-
-def collision_estimate(touched_share: float) -> float:
-    """Share of the n-grams seen so far that share their row with another one, if `touched_share` of all rows were hit.
-
-    k n-grams that fall on p rows at random leave (1 - 1/p)^k of them free, about exp(-k/p); what is not free is hit by
-    one n-gram each plus the collisions. All rows hit: 1, k is unknown.
-    """
-    if touched_share >= 1.0:
-        return 1.0
-    ngrams_per_row = -math.log1p(-touched_share)
-    return 1.0 - touched_share / ngrams_per_row if ngrams_per_row > 0 else 0.0
 
 
 def layer_metrics(config: RunConfig, chunks: Sequence[nn.Module], ranks: Ranks) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engram_megatron.training.step_metrics import collision_estimate
+from engram_megatron.gather.statistics import collision_estimate
 
 
 @pytest.mark.parametrize("ngrams_per_row", [0.01, 0.3, 2.0])
