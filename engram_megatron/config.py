@@ -11,27 +11,8 @@ from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Literal
 
-from engram_megatron.config_fields import DTYPE_BYTES, RESUME_FREE, DType, check, free
+from engram_megatron.config_fields import DType, check, free
 from engram_megatron.config_tables import TablesConfig
-
-__all__ = [
-    "DTYPE_BYTES",
-    "RESUME_FREE",
-    "AttentionConfig",
-    "CheckpointConfig",
-    "DType",
-    "DataConfig",
-    "EngramConfig",
-    "HyperConnectionConfig",
-    "MTPConfig",
-    "MoEConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "RunConfig",
-    "TablesConfig",
-    "TrainingConfig",
-]
 
 RecomputedModule = Literal["attention", "core_attention", "feed_forward", "mhc", "engram"]
 

@@ -19,9 +19,9 @@ from engram_megatron.config import (
     MoEConfig,
     OptimizerConfig,
     RunConfig,
-    TablesConfig,
     TrainingConfig,
 )
+from engram_megatron.config_tables import TablesConfig
 from engram_megatron.errors import UsageError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engram_megatron.config import DType
+from engram_megatron.config_fields import DType
 from engram_megatron.layouts.documents import loss_alone, packed_loss
 from engram_megatron.layouts.judge import BFLOAT16_STEPS, FLOAT32_DRAWS, FLOAT32_STEPS, FLOAT64_STEPS
 from engram_megatron.layouts.matrix import Layout, Variation

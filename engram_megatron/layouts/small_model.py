@@ -15,16 +15,16 @@ from engram_data.batch import Batch, make_batch
 from engram_megatron.config import (
     AttentionConfig,
     DataConfig,
-    DType,
     EngramConfig,
     HyperConnectionConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
     RunConfig,
-    TablesConfig,
     TrainingConfig,
 )
+from engram_megatron.config_fields import DType
+from engram_megatron.config_tables import TablesConfig
 from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.hashing.vocab_projection import identity_projection
 from engram_megatron.layouts.matrix import Layout, Variation

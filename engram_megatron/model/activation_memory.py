@@ -18,7 +18,8 @@ size.
 
 from __future__ import annotations
 
-from engram_megatron.config import DTYPE_BYTES, RunConfig
+from engram_megatron.config import RunConfig
+from engram_megatron.config_fields import DTYPE_BYTES
 from engram_megatron.model.counts import engram_streams
 from engram_megatron.model.pipeline_layout import pipeline_layout
 from engram_megatron.model.pipeline_schedule import peak_kept

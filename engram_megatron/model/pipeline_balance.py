@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engram_megatron.config import DTYPE_BYTES, RunConfig
+from engram_megatron.config import RunConfig
+from engram_megatron.config_fields import DTYPE_BYTES
 from engram_megatron.model.counts import engram_streams
 from engram_megatron.model.flops import BACKWARD_PER_FORWARD, TokenFlops, layer_flops, outer_flops
 

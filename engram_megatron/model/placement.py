@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from math import ceil
 
-from engram_megatron.config import DTYPE_BYTES, ParallelConfig, RunConfig
+from engram_megatron.config import ParallelConfig, RunConfig
+from engram_megatron.config_fields import DTYPE_BYTES
 from engram_megatron.model.counts import Part, TensorSpec, parameter_specs, table_rows
 from engram_megatron.model.pipeline_layout import pipeline_layout
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from math import log2
 
-from engram_megatron.config import DTYPE_BYTES, RunConfig
+from engram_megatron.config import RunConfig
+from engram_megatron.config_fields import DTYPE_BYTES
 from engram_megatron.model.activation_traffic import (
     Exchange,
     context_exchange,

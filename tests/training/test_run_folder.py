@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from engram_megatron.config import RESUME_FREE, RunConfig
+from engram_megatron.config import RunConfig
+from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import leaves, to_dict
 from engram_megatron.presets import engram_tiny
