@@ -25,21 +25,12 @@ class RowSums(NamedTuple):
     squared_norms: NDArray[np.float64]
 
 
-def sum_by_row(keys: NDArray[np.int64], values: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """The distinct keys, rising [U], and per key the sum of its rows of `values` [n, D] -> [U, D].
-
-    Each sum runs in the order in which its rows stand in `values`, whatever the number of threads, so repeats are
-    bit-identical.
-    """
-    found = sum_pieces(keys, [values])
-    return found.rows, found.sums
-
-
 def sum_pieces(keys: NDArray[np.int64], pieces: Sequence[NDArray[Any]]) -> RowSums:
-    """As `sum_by_row` of the `pieces` [n_i, D] put one after another, which are not copied, with squared norms.
+    """The distinct keys, rising, and per key the sum of its rows of `pieces` [n_i, D], end to end, not copied.
 
-    All pieces have one dtype, float32 or float64; keys int64 [sum of n_i]. The norms are computed in float64 from the
-    sums in their dtype; add them up with `.sum()`, whose order is fixed too.
+    keys int64 [sum of n_i]; all pieces have one dtype, float32 or float64. Each sum runs in the order in which its rows
+    stand in the pieces, whatever the number of threads, so repeats are bit-identical. The squared norms are computed in
+    float64 from the sums in their dtype; add them up with `.sum()`, whose order is fixed too.
     """
     assert len(pieces) > 0, "the row width is unknown without a piece"
     pieces = [np.ascontiguousarray(piece) for piece in pieces]

@@ -9,7 +9,6 @@ import torch
 from ranks import run_ranks
 from sharded_tables import Tables, sharded_tables
 
-from engram_kernels.segment_sum import sum_by_row
 from engram_megatron.errors import UsageError
 from engram_megatron.gather.lookup import RowLookup
 from engram_megatron.gather.transport import TransportError
@@ -89,15 +88,6 @@ def test_gradients_of_many_repeats_are_bit_identical_on_several_threads() -> Non
     torch.set_num_threads(threads)
     for other in results[1:]:
         np.testing.assert_array_equal(results[0], other)
-
-
-def test_sum_by_row_adds_in_the_order_of_the_input() -> None:
-    # In any other order of the three rows of key 4, 1 is lost beside 1e8 or is not.
-    keys = np.array([4, 2, 4, 9, 4])
-    values = np.array([[1e8], [5.0], [-1e8], [7.0], [1.0]], np.float32)
-    rows, sums = sum_by_row(keys, values)
-    assert rows.tolist() == [2, 4, 9]
-    assert sums[:, 0].tolist() == [5.0, 1.0, 7.0]
 
 
 def _open_another_table(rank: int, world_size: int) -> str:
