@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import torch
-from exchange_cases import check_deliveries
+from exchange_cases import check_deliveries, check_numbers
 from numpy.typing import NDArray
 
 from engram_megatron.gather.transport import (
@@ -29,6 +30,7 @@ def deliver(rank: int, num_ranks: int) -> dict[str, object]:
     assert isinstance(world.inner, MpiTransport)
     check_deliveries(world)
     check_deliveries(world.inner)
+    check_numbers(world.inner)
     exercise_pairs(world)
     part = group_transport("mpi", [[1], [0, 2]], timeout_s=60)
     check_deliveries(part)
@@ -58,9 +60,9 @@ class _ShiftingMpi(MpiTransport):
     """An MPI that moves what comes from rank 0 by a byte."""
 
     def exchange(
-        self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows"
+        self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows", out: Any = None
     ) -> torch.Tensor:
-        received = super().exchange(rows, send_counts, receive_counts, what=what)
+        received = super().exchange(rows, send_counts, receive_counts, what=what, out=out)
         if what == "row ids" and self.rank == 1:
             piece = received[: int(receive_counts[0])].numpy()
             piece[:] = np.roll(piece.view(np.uint8), 1).view(piece.dtype)
