@@ -80,7 +80,10 @@ class _Loan:
 
 
 class SharedBufferPool(BufferPool):
-    """A pool of each rank of a node, whose arrays the others can read. `group` holds the ranks, None if there is one."""
+    """A pool of each rank of a node, whose arrays the others can read.
+
+    `group` holds the ranks of the node, None if there is one.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         super().__init__()

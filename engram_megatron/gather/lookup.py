@@ -88,7 +88,7 @@ class RowLookup:
         asked = self.groups.rail.exchange(ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids").numpy()
         self._check_requests(asked, asked_NW.sum(axis=1))
         arrivals = self._arrivals(plan, requests)
-        received = self._shared.share(self._shared.empty(self._rows_shape(counts_NW.sum()), self._stored))
+        received = self._shared.share(self._shared.empty(self._rows_shape(int(counts_NW.sum())), self._stored))
         route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals, received)
         reads = plan_reads(plan, arrivals, self.layout, self.topology.node, self.num_waves)
         statistics = self._statistics(plan, route)
@@ -117,7 +117,7 @@ class RowLookup:
         route = rows.route
         summed_MD = self._sum_over_node(rows)
         outgoing = torch.from_numpy(self._of_other_nodes(summed_MD, route.requests))
-        received_RD = self._pool.empty(self._rows_shape(route.asked_NW.sum()), self.shard.wide)
+        received_RD = self._pool.empty(self._rows_shape(int(route.asked_NW.sum())), self.shard.wide)
         self.groups.rail.exchange(
             outgoing,
             route.counts_NW.sum(axis=1),
@@ -136,7 +136,7 @@ class RowLookup:
         return self.shard.rows.weight.dtype
 
     def _rows_shape(self, num_rows: int) -> tuple[int, int]:
-        return int(num_rows), self.shard.row_dim
+        return num_rows, self.shard.row_dim
 
     def _statistics(self, plan: GatherPlan, route: Route) -> GatherStatistics:
         """What the gather of a step, with the return of its gradients, moves on this rank."""
