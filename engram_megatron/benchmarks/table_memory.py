@@ -1,4 +1,4 @@
-"""What a rank's resident memory reaches while its tables are started, saved and loaded, beside the tables themselves."""
+"""What a rank's resident memory reaches while its tables are started, saved and loaded."""
 
 from __future__ import annotations
 

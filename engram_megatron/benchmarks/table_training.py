@@ -191,6 +191,4 @@ def lines(threads: int, run: Callable[..., list[StepSeconds]]) -> Iterator[str]:
 
 def _line(name: str, ours: float, other: float, most: float) -> str:
     verdict = "ok" if ours <= most * other else "short"
-    return (
-        f"step: {name}: {ours * 1e3:.0f} ms and {other * 1e3:.0f} ms, {ours / other:.2f} (at most {most:.2f}: {verdict})"
-    )
+    return f"step: {name}: {ours * 1e3:.0f} ms and {other * 1e3:.0f} ms, {ours / other:.2f} (at most {most:.2f}: {verdict})"
