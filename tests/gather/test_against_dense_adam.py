@@ -26,6 +26,7 @@ from dense_adam_case import (
     sharded_history,
 )
 from mpi_ranks import run_mpi_ranks
+from namespaces import run_namespace_ranks
 from ranks import run_ranks
 
 from engram_megatron.tables.row_init import fill_initial_rows
@@ -57,6 +58,15 @@ def test_rows_gradients_and_weights_equal_a_dense_embedding_in_every_step(
 
 def test_two_nodes_over_mpi_equal_a_dense_embedding_in_every_step() -> None:
     check_equal(run_mpi_ranks("mpi_cases", "train_tables", 2), "float64")
+
+
+def test_two_hosts_over_tcp_equal_a_dense_embedding_and_count_what_crosses_between_them() -> None:
+    of_ranks = run_namespace_ranks("namespace_cases", "train_tables")
+    check_equal([history for history, _ in of_ranks], "float64")
+    for rank, (_, sent) in enumerate(of_ranks):
+        assert sent.counted > 4e6, f"rank {rank}"
+        # the wire has headers of packets too, acknowledgements, counts and checksums
+        assert sent.counted <= sent.crossed <= 1.05 * sent.counted, f"rank {rank}: {sent}"
 
 
 def test_cases_that_the_comparison_promises_do_occur() -> None:
