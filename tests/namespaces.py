@@ -24,7 +24,7 @@ from ranks import free_port
 
 ADDRESSES = ("10.85.0.1", "10.85.0.2")
 INTERFACE = "veth0"  # in both namespaces
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 
 
 @contextlib.contextmanager
