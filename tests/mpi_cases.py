@@ -1,4 +1,4 @@
-"""What ranks under mpiexec do for tests/gather/test_mpi_transport.py."""
+"""What ranks under mpiexec do for tests/gather/test_mpi_transport.py and test_against_dense_adam.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from dense_adam_case import Step, case_tables, history_of
 from exchange_cases import check_deliveries, check_numbers
 from numpy.typing import NDArray
+from sharded_tables import sharded_tables
 
 from engram_megatron.gather.transport import (
     CheckedTransport,
@@ -103,3 +105,12 @@ def deliver_more_than_2_gib(rank: int, num_ranks: int) -> int:
     received = transport.exchange(rows, sends, receives)
     assert bool((received[:, 0] == torch.arange(received.shape[0]) % 251).all())
     return received.numel()
+
+
+def train_tables(rank: int, num_ranks: int) -> list[Step]:
+    """The steps of `dense_adam_case`, every rank a node of its own."""
+    lookup, adam = sharded_tables(case_tables("float64", transport="mpi"), rank, num_ranks)
+    rail = lookup.groups.rail
+    assert isinstance(rail, CheckedTransport)
+    assert isinstance(rail.inner, MpiTransport)
+    return history_of(lookup, adam, rank)

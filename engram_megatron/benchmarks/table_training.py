@@ -191,4 +191,5 @@ def lines(threads: int, run: Callable[..., list[StepSeconds]]) -> Iterator[str]:
 
 def _line(name: str, ours: float, other: float, most: float) -> str:
     verdict = "ok" if ours <= most * other else "short"
-    return f"step: {name}: {ours * 1e3:.0f} ms and {other * 1e3:.0f} ms, {ours / other:.2f} (at most {most:.2f}: {verdict})"
+    times = f"{ours * 1e3:.0f} ms and {other * 1e3:.0f} ms, {ours / other:.2f}"
+    return f"step: {name}: {times} (at most {most:.2f}: {verdict})"

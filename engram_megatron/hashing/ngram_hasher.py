@@ -111,8 +111,8 @@ class NgramHasher:
 
         `layers`: numbers from 0 of the Engram layers to hash for, may be none; without it all of them.
         With `document_ids_BT` (equal neighbours = same document) a window stops at the start of its document:
-        everything older counts as the pad id. None looks back to the start of the sequence, as the demo does. The result
-        is written to `out`, contiguous, where it is given.
+        everything older counts as the pad id. None looks back to the start of the sequence, as the demo does.
+        The result is written to `out`, contiguous, where it is given.
         Raises `UsageError` for an id that the vocabulary does not have.
         """
         chosen = range(len(self.layer_numbers)) if layers is None else layers

@@ -41,7 +41,8 @@ def ngram_hash(
     assert primes_LOJ.shape == (L, N - 1, H // (N - 1))
     assert document_ids_BT is None or document_ids_BT.shape == (B, T)
     rows_LBTH = np.empty((L, B, T, H), dtype=np.int64) if out is None else out
-    assert (rows_LBTH.shape, rows_LBTH.dtype) == ((L, B, T, H), np.int64), (rows_LBTH.shape, rows_LBTH.dtype)
+    assert rows_LBTH.shape == (L, B, T, H), (rows_LBTH.shape, (L, B, T, H))
+    assert rows_LBTH.dtype == np.int64, rows_LBTH.dtype
     assert rows_LBTH.flags.c_contiguous, rows_LBTH.strides
     documents = np.zeros((0, 0), dtype=np.int32) if document_ids_BT is None else document_ids_BT
     _hash_tokens(
