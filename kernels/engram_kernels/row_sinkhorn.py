@@ -13,7 +13,8 @@ far: dividing by a row's norm undoes what earlier row steps did, so A is a * c /
 number per column, is kept between passes.
 
 Momentum is stored as of a row's last gradient (`last_step`) and decays by beta^k in the k steps since. `RowState` holds
-it in `exp_avg`; the records have no second moment. Norms and sums are float64, in an order that does not depend on threads.
+it in `exp_avg`; the records have no second moment. Norms and sums are float64, in an order that does not depend on the
+number of threads.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ Shape letters: n rows, D columns of a row, S width of a record.
     last_step  [n]     int32, the optimizer step (from 1) as of which a row stands: that of its last gradient, or of a
                        later sweep over the table; 0: it never had a gradient, moments zero
 
-S = 2D, or D with one moment. With bfloat16 weights the record ends with D int16 remainders in D / 2 more floats (D even),
-which complete the weights to an exact float32 (`split_float`): 12 bytes per parameter in all, 8 with one moment. One
-row's record is contiguous, so that an update of a random row walks few pages.
+S = 2D, or D with one moment. With bfloat16 weights the record ends with D int16 remainders in D / 2 more floats (D
+even), which complete the weights to an exact float32 (`split_float`): 12 bytes per parameter in all, 8 with one moment.
+One row's record is contiguous, so that an update of a random row walks few pages.
 """
 
 from __future__ import annotations
