@@ -12,6 +12,7 @@ from math import isfinite, prod
 from typing import Literal
 
 from engram_megatron.config_fields import DType, check, free
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.config_tables import TablesConfig
 
 RecomputedModule = Literal["attention", "core_attention", "feed_forward", "mhc", "engram"]
@@ -234,51 +235,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Muon (Moonlight's form, arXiv 2502.16982) for matrices, Adam for the rest, row Adam for the tables."""
-
-    learning_rate: float = 4e-4
-    warmup_steps: int = 2000
-    # Step decay (DeepSeek LLM, arXiv 2401.02954): at these fractions of all steps, these factors of the peak.
-    decay_fractions: tuple[float, ...] = (0.8, 0.9)
-    decay_factors: tuple[float, ...] = (0.316, 0.1)
-    weight_decay: float = 0.1
-    clip_grad_norm: float = 1.0  # 0: no clipping
-    muon_momentum: float = 0.95
-    muon_nesterov: bool = True
-    muon_ns_steps: int = 5
-    muon_ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
-    muon_update_rms: float = 0.2  # update = this * sqrt(max(rows, columns)) * orthogonalised momentum
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-20
-    table_learning_rate_multiplier: float = 5.0
-
-    def validate(self) -> None:
-        check(
-            self.learning_rate > 0 and isfinite(self.learning_rate),
-            f"optimizer.learning_rate = {self.learning_rate} must be positive and finite",
-        )
-        check(
-            self.clip_grad_norm >= 0, f"optimizer.clip_grad_norm = {self.clip_grad_norm} must not be negative (0: off)"
-        )
-        for name in ("adam_beta1", "adam_beta2", "muon_momentum"):
-            check(0 <= getattr(self, name) < 1, f"optimizer.{name} = {getattr(self, name)} must lie in [0, 1)")
-        check(self.adam_beta2 > 0, f"optimizer.adam_beta2 = {self.adam_beta2} must be positive")
-        check(self.adam_eps >= 0, f"optimizer.adam_eps = {self.adam_eps} must not be negative")
-        check(self.muon_ns_steps >= 1, f"optimizer.muon_ns_steps = {self.muon_ns_steps} must be at least 1")
-        check(
-            len(self.decay_fractions) == len(self.decay_factors),
-            f"optimizer.decay_fractions {self.decay_fractions} and decay_factors {self.decay_factors} differ in length",
-        )
-        check(
-            list(self.decay_fractions) == sorted(self.decay_fractions) and all(0 < f < 1 for f in self.decay_fractions),
-            f"optimizer.decay_fractions {self.decay_fractions} must rise within (0, 1)",
-        )
-        check(self.warmup_steps >= 0, f"optimizer.warmup_steps = {self.warmup_steps} must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where tokens come from. A corpus directory holds `train` and `validation` (see `engram_data.corpus`)."""
 
@@ -378,6 +334,7 @@ class RunConfig:
         if self.engram is not None:
             self.engram.validate(self.model.num_layers)
             self.tables.validate(self.engram.row_dim)
+            self._validate_table_optimizer()
         self.parallel.validate()
         self.optimizer.validate()
         self.data.validate()
@@ -389,3 +346,12 @@ class RunConfig:
                 not absent.get(module, False),
                 f"training.recompute_modules = {','.join(self.training.recompute_modules)}: this model has no {module}",
             )
+
+    def _validate_table_optimizer(self) -> None:
+        if self.optimizer.tables == "adam":
+            return
+        check(
+            self.tables.update == "dense",
+            "tables.update = touched is Adam's: with optimizer.tables = sinkhorn rows with momentum move in every "
+            "step: set tables.update=dense",
+        )

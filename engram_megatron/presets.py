@@ -17,10 +17,10 @@ from engram_megatron.config import (
     HyperConnectionConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     RunConfig,
     TrainingConfig,
 )
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.config_tables import TablesConfig
 from engram_megatron.errors import UsageError
 

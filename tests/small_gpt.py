@@ -27,11 +27,11 @@ from engram_megatron.config import (
     HyperConnectionConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,
 )
+from engram_megatron.config_optimizer import OptimizerConfig
 
 TOKENS_PER_SEQUENCE = 16
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
+import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from engram_megatron.errors import UsageError
 from engram_megatron.gather.topology import Topology
@@ -25,6 +28,15 @@ class NodeGroups:
     node: Transport
     rail: Transport
     node_group: dist.ProcessGroup | None
+
+    def sum_over_ranks(self, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum of all ranks' `numbers` (float64, one shape), the same to the bit on every rank. Collective."""
+        for transport in (self.node, self.rail):
+            one_each = np.ones(transport.size, np.int64)
+            copies = torch.from_numpy(np.stack([numbers] * transport.size))
+            received = transport.exchange(copies, one_each, one_each, what="sums over rows")
+            numbers = np.add.reduce(received.numpy())
+        return numbers
 
     def node_barrier(self) -> None:
         """Wait for all ranks of the node."""

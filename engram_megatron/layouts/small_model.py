@@ -19,11 +19,11 @@ from engram_megatron.config import (
     HyperConnectionConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     RunConfig,
     TrainingConfig,
 )
 from engram_megatron.config_fields import DType
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.config_tables import TablesConfig
 from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.hashing.vocab_projection import identity_projection

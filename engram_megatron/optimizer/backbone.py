@@ -31,7 +31,8 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from megatron.core.transformer.module import param_is_not_shared
 
 from engram_megatron import platform
-from engram_megatron.config import OptimizerConfig, RunConfig
+from engram_megatron.config import RunConfig
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.optimizer.backbone_tensors import UpdatedPart, backbone_tensors
 from engram_megatron.optimizer.muon import Muon, muon_group
 from engram_megatron.optimizer.parameter_groups import ParameterRules, parameter_rules

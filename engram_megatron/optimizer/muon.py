@@ -27,7 +27,7 @@ import torch.distributed as dist
 from emerging_optimizers.orthogonalized_optimizers.muon_utils import batched_newton_schulz_step, newton_schulz_step
 from emerging_optimizers.orthogonalized_optimizers.orthogonalized_optimizer import OrthogonalizedOptimizer
 
-from engram_megatron.config import OptimizerConfig
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.optimizer.parameter_groups import MatrixSplit
 
 _NORM_EPS = 1e-7

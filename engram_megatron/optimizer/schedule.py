@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engram_megatron.config import OptimizerConfig
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.errors import UsageError
 
 

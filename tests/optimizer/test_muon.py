@@ -10,7 +10,7 @@ import torch.distributed as dist
 from muon_reference import ReferenceMuon, orthogonalized
 from ranks import run_ranks
 
-from engram_megatron.config import OptimizerConfig
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.optimizer.muon import Muon, muon_group, orthogonalize
 from engram_megatron.optimizer.parameter_groups import MatrixSplit
 

@@ -104,7 +104,7 @@ def test_cost_is_the_multiplications_that_muon_does(shape: tuple[int, ...], spli
     from engram_megatron import platform
 
     platform.install()
-    from engram_megatron.config import OptimizerConfig
+    from engram_megatron.config_optimizer import OptimizerConfig
     from engram_megatron.optimizer.muon import Muon, muon_group
 
     weight = torch.randn(shape)

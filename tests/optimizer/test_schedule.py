@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from engram_megatron.config import OptimizerConfig
+from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.schedule import learning_rate_schedule
 
