@@ -66,7 +66,7 @@ class RowLookup:
         self.groups = groups
         self.topology = topology
         self.num_waves = num_waves
-        row_dim, stored = self.shard.row_dim, self.shard.rows.weight.dtype
+        row_dim, stored = self.shard.row_dim, self.shard.stored
         self._received = SharedBuffers(groups.node_group, topology.rail, row_dim, stored)
         self._gradients = SharedBuffers(groups.node_group, topology.rail, row_dim, self.shard.wide)
 
@@ -93,6 +93,10 @@ class RowLookup:
         route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals)
         reads = plan_reads(plan, arrivals, self.layout, self.topology.node, self.num_waves)
         statistics = self._statistics(plan, route)
+        self.shard.read_ahead(self.layout.local_index(asked))
+        for shard, *reads_of_waves in zip(self.shards, *reads, strict=True):
+            for wave in reads_of_waves:
+                shard.read_ahead(wave.local_rows)
         return UniqueRows(plan, route, reads, statistics, self.shard.row_dim, self.shard.dtype)
 
     def fetch(self, rows: UniqueRows, wave: int) -> None:
@@ -129,7 +133,7 @@ class RowLookup:
     def _statistics(self, plan: GatherPlan, route: Route) -> GatherStatistics:
         """What the gather of a step, with the return of its gradients, moves on this rank."""
         asks, asked = int(route.counts_NW.sum()), int(route.asked_NW.sum())
-        row_bytes = self.shard.row_dim * self.shard.rows.weight.itemsize
+        row_bytes = self.shard.row_dim * self.shard.stored.itemsize
         gradient_bytes = self.shard.row_dim * self.shard.wide.itemsize
         return GatherStatistics(
             lookups=plan.inverse.size,

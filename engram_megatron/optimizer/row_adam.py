@@ -52,16 +52,16 @@ class RowAdam:
         local_rows = row_gradients.local_rows
         sample = local_rows[:: max(1, local_rows.size // SAMPLED_ROWS)]
         before = self.shard.finished_masters(sample, self.read_as_of)
-        self.shard.touch(local_rows)
-        update_rows(
-            self.shard.rows,
-            local_rows,
-            row_gradients.gradients,
-            self.catch_up,
-            lr,
-            gradient_scale,
-            touched_only=self.touched_only,
-        )
+        for part in self.shard.updating(local_rows):
+            update_rows(
+                part.table,
+                part.places,
+                row_gradients.gradients[part.order],
+                self.catch_up,
+                lr,
+                gradient_scale,
+                touched_only=self.touched_only,
+            )
         self.catch_up.advance(lr)
         self.last_update = LastUpdate(
             rows=local_rows.size,
