@@ -31,7 +31,8 @@ def copy_rows(
         check_rows(rows, len(weight))
     for ours, theirs in zip(source, target, strict=True):
         assert (ours.dtype, ours.shape[1]) == (theirs.dtype, theirs.shape[1])
-    _copy(*map(_bits, source), source_rows, *map(_bits, target), target_rows)
+    if source_rows.size > 0:  # threads are not woken for nothing
+        _copy(*map(_bits, source), source_rows, *map(_bits, target), target_rows)
 
 
 def _bits(array: NDArray[Any]) -> NDArray[Any]:

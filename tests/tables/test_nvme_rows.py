@@ -16,6 +16,7 @@ from ranks import run_ranks
 from sharded_tables import Tables, sharded_tables
 
 from engram_kernels.catch_up import CatchUp
+from engram_megatron import platform
 from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.host_rows import HostPlacement
 from engram_megatron.tables.nvme_placement import NvmePlacement
@@ -37,6 +38,7 @@ def _ids(step: int, rank: int) -> np.ndarray:
 
 
 def _trained(rank: int, world_size: int, settings: list[dict[str, Any]]) -> list[list[dict[str, np.ndarray]]]:
+    platform.limit_threads(1)  # or waking threads for a few rows takes most of the time
     return [_train(rank, world_size, Tables(rows=ROWS, row_dim=DIM, block_rows=BLOCK_ROWS, **s)) for s in settings]
 
 
@@ -61,7 +63,7 @@ def _train(rank: int, world_size: int, tables: Tables) -> list[dict[str, np.ndar
     return history
 
 
-@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(1, 1), (2, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(1, 1), (2, 2), (2, 1)])
 def test_every_read_and_all_rows_are_those_in_memory(world_size: int, ranks_per_node: int, disk: Path) -> None:
     """hot_fraction 0.02 keeps one to five rows of a shard: rows come and go within one update. 0.3 evicts often."""
     settings: list[dict[str, Any]] = []
