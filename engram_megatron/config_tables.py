@@ -9,8 +9,8 @@ from typing import Literal
 from engram_megatron.config_fields import DType, check, free
 
 LAST_STEP_BYTES = 4
-INDEX_BYTES = LAST_STEP_BYTES + 4  # in memory of every row on NVMe: its last step, and where among the hot ones it is
-HOT_ROW_BYTES = 8 + 1  # of every place for a hot row, beside the row: which row it is, and how often it was used
+INDEX_BYTES = LAST_STEP_BYTES + 4 + 1  # in memory of every row on NVMe: last step, place among the hot ones, past uses
+HOT_ROW_BYTES = 8 + 1  # of every place for a hot row, beside the row: which row it is, and its uses
 BYTES_PER_PARAMETER = {"bfloat16": 12, "float32": 12, "float64": 24}  # weight (and remainder), two moments
 
 

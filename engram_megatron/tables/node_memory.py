@@ -120,6 +120,13 @@ class NodeMemory:
         """How much of it was ever written (or read, but for files), by any process: that much space it takes."""
         return os.fstat(self.descriptor).st_blocks * 512
 
+    def drop_cache(self) -> None:
+        """Have every page of a file read from the disk again, for measurements."""
+        assert self.handle.is_file, "memory would be lost"
+        os.fsync(self.descriptor)
+        self._map.madvise(mmap.MADV_DONTNEED)  # pages that are mapped would stay
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def array(self, shape: tuple[int, ...], dtype: Any, offset: int = 0) -> NDArray[Any]:
         """A view of `shape` and `dtype` that starts `offset` bytes in; it keeps the memory mapped."""
         count = int(np.prod(shape, dtype=np.int64))

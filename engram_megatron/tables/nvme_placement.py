@@ -38,11 +38,10 @@ class NvmePlacement:
         is_lazy = self.commit == "lazy"
         touched = min(num_rows, touched_rows) if is_lazy else num_rows
         num_hot = min(touched, hot_rows(num_rows, self.hot_fraction))
-        index = min(num_rows * INDEX_BYTES, scattered_bytes(2 * touched, 2 * num_rows, INDEX_BYTES // 2))
         check_room(
             layout,
             shards_on_host,
-            nvme_memory_bytes(0, num_hot, row_dim, dtype) + index,
+            nvme_memory_bytes(num_rows, num_hot, row_dim, dtype),
             available_bytes(),
             place="of host memory",
             kind=f"the hot rows, tables.hot_fraction = {self.hot_fraction:g}, and {INDEX_BYTES} bytes for each row",

@@ -1,11 +1,11 @@
 """Hot rows in memory, all others in a file on a local disk: the numbers are those of `HostRows` to the bit.
 
 Hashing spreads the hot rows over all pages, so the kernel's page cache alone would hold little else than their cold
-neighbours. Therefore rows, not pages, are kept in memory: in a table of hot rows, whose places `Clock` gives to the
+neighbours. Therefore rows, not pages, are kept in memory: in a table of hot rows, whose places `HotPlaces` gives to the
 rows that have gradients. An update brings its rows in, and those that make room for them go to the file. Reads take a
 row from where it lies and move nothing. A row that never had a gradient lies nowhere.
 
-In memory of every row: its last step, and its place among the hot ones.
+In memory of every row: its last step, its place among the hot ones, and how often it was used.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
-from engram_kernels.clock import Clock
 from engram_kernels.copy_rows import copy_rows
 from engram_kernels.gather_rows import check_rows
+from engram_kernels.hot_places import HotPlaces
 from engram_kernels.row_state import RowState, empty_rows
 from engram_megatron.tables.node_memory import ArraySpec, HugePages, MemoryHandle, NodeMemory, bytes_of_arrays
 from engram_megatron.tables.row_file import FileHandle, RowFile
@@ -53,10 +53,12 @@ class NvmeRows:
     def __init__(self, row_format: RowFormat, num_rows: int, num_hot: int, memory: NodeMemory, file: RowFile) -> None:
         self.format = row_format
         self.memory = memory
-        self._file = file
-        *hot, self.last_step, self._place_of, row_at, uses = memory.arrays(_specs(row_format, num_rows, num_hot))
+        self.file = file
+        *hot, self.last_step, self.place_of, past_uses, row_at, uses = memory.arrays(
+            _specs(row_format, num_rows, num_hot)
+        )
         self._hot = RowState(*hot)
-        self._clock = Clock(self._place_of, row_at, uses)
+        self._places = HotPlaces(self.place_of, past_uses, row_at, uses)
 
     @classmethod
     def create(
@@ -68,11 +70,11 @@ class NvmeRows:
     @property
     def handle(self) -> NvmeHandle:
         num_rows, num_hot = self.last_step.size, self._hot.num_rows
-        return NvmeHandle(self.format, num_rows, num_hot, self.memory.handle, self._file.handle)
+        return NvmeHandle(self.format, num_rows, num_hot, self.memory.handle, self.file.handle)
 
     def commit(self) -> None:
         self.memory.commit()
-        self._file.reserve()
+        self.file.reserve()
 
     def read(self, rows: Int64, catch_up: CatchUp | None, out: NDArray[Any], places: Int64 | None) -> None:
         hot_at, hot, cold_at = self._divided(rows)
@@ -81,7 +83,7 @@ class NvmeRows:
         for start in range(0, cold_at.size, COLD_ROWS_AT_ONCE):
             at = cold_at[start : start + COLD_ROWS_AT_ONCE]
             copy = self._empty(at.size)
-            self._file.load(rows[at], copy, np.arange(at.size))
+            self.file.load(rows[at], copy, np.arange(at.size))
             copy.last_step[:] = self.last_step[rows[at]]
             read_weights(copy, np.arange(at.size), catch_up, out, places[at])
 
@@ -89,15 +91,15 @@ class NvmeRows:
         hot_at, hot, cold_at = self._divided(rows)
         copy = self._empty(rows.size)
         copy_rows((self._hot.weight, self._hot.state), hot, (copy.weight, copy.state), hot_at)
-        self._file.load(rows[cold_at], copy, cold_at)
+        self.file.load(rows[cold_at], copy, cold_at)
         copy.last_step[:] = self.last_step[rows]
         return copy.exact()
 
     def write(self, rows: Int64, values: RowState) -> None:
-        assert not self._place_of[rows].any(), "rows are written before the first update"
+        assert not self.place_of[rows].any(), "rows are written before the first update"
         copy = self._empty(rows.size)
         copy.set_exact(slice(None), values)
-        self._file.save(copy, np.arange(rows.size), rows)
+        self.file.save(copy, np.arange(rows.size), rows)
         self.last_step[rows] = values.last_step
 
     def updating(self, rows: Int64, is_new: NDArray[np.bool_]) -> Iterator[RowPart]:
@@ -110,16 +112,16 @@ class NvmeRows:
             self.last_step[rows[part]] = self._hot.last_step[places]
 
     def read_ahead(self, rows: Int64) -> None:
-        cold = self._place_of[rows] == 0
-        self._file.read_ahead(rows[cold & (self.last_step[rows] > 0)])
+        cold = self.place_of[rows] == 0
+        self.file.read_ahead(rows[cold & (self.last_step[rows] > 0)])
 
     def _bring_in(self, rows: Int64, is_new: NDArray[np.bool_]) -> Int64:
         """The places of `rows` among the hot ones, which they have when this returns."""
-        admitted = self._clock.admit(rows)
+        admitted = self._places.admit(rows)
         makes_room = admitted.left >= 0
-        self._file.save(self._hot, admitted.places[makes_room], admitted.left[makes_room])
+        self.file.save(self._hot, admitted.places[makes_room], admitted.left[makes_room])
         from_file = admitted.is_new & ~is_new
-        self._file.load(rows[from_file], self._hot, admitted.places[from_file])
+        self.file.load(rows[from_file], self._hot, admitted.places[from_file])
         self._hot.state[admitted.places[is_new]] = 0
         self._hot.last_step[admitted.places] = self.last_step[rows]
         return admitted.places
@@ -127,7 +129,7 @@ class NvmeRows:
     def _divided(self, rows: Int64) -> tuple[Int64, Int64, Int64]:
         """Which of `rows` are hot, and their places; which are not. Raises `IndexError` for a row outside the shard."""
         check_rows(rows, self.last_step.size)
-        places = self._place_of[rows]
+        places = self.place_of[rows]
         hot_at = np.flatnonzero(places)
         return hot_at, places[hot_at].astype(np.int64) - 1, np.flatnonzero(places == 0)
 
@@ -136,6 +138,7 @@ class NvmeRows:
 
 
 def _specs(row_format: RowFormat, num_rows: int, num_hot: int) -> list[ArraySpec]:
-    """The arrays in memory: the hot rows; of every row its last step and its place; what `Clock` needs of places."""
-    of_rows: list[ArraySpec] = [((num_rows,), np.dtype(np.int32))] * 2
-    return [*row_format.specs(num_hot), *of_rows, ((num_hot,), np.dtype(np.int64)), ((num_hot,), np.dtype(np.uint8))]
+    """The arrays in memory: the hot rows; the last step of every row; what `HotPlaces` keeps."""
+    of_rows = [((num_rows,), np.dtype(kind)) for kind in (np.int32, np.int32, np.uint8)]
+    of_places = [((num_hot,), np.dtype(kind)) for kind in (np.int64, np.uint8)]
+    return [*row_format.specs(num_hot), *of_rows, *of_places]

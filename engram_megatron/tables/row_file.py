@@ -39,12 +39,12 @@ class FileHandle:
 class RowFile:
     """Weights and states of `num_rows` rows, zero where never written; without their last steps."""
 
-    def __init__(self, row_format: RowFormat, num_rows: int, file: NodeMemory) -> None:
-        self.handle = FileHandle(row_format, num_rows, file.handle)
-        self._file = file
+    def __init__(self, row_format: RowFormat, num_rows: int, memory: NodeMemory) -> None:
+        self.handle = FileHandle(row_format, num_rows, memory.handle)
+        self.memory = memory
         self._record_bytes = record_bytes(row_format.row_dim, row_format.dtype)
         self._is_reserved = False
-        records = file.array((num_rows, self._record_bytes), np.uint8)
+        records = memory.array((num_rows, self._record_bytes), np.uint8)
         split = row_format.row_dim * row_format.stored.itemsize
         self._planes = records[:, :split].view(row_format.stored), records[:, split:].view(row_format.wide)
 
@@ -56,10 +56,10 @@ class RowFile:
     def reserve(self) -> None:
         """Take disk space for all rows. Raises `UsageError` where there is too little."""
         try:
-            self._file.commit()
+            self.memory.commit()
         except OSError as error:
             raise UsageError(
-                f"tables.nvme_dir has no room for {self._file.handle.num_bytes / GIB:.2f} GiB of tables of this rank "
+                f"tables.nvme_dir has no room for {self.memory.handle.num_bytes / GIB:.2f} GiB of tables of this rank "
                 f"({error.strerror}); make room, use more hosts, or set tables.commit=lazy"
             ) from error
         self._is_reserved = True
@@ -77,15 +77,15 @@ class RowFile:
 
     def read_ahead(self, rows: Int64) -> None:
         """Ask the disk for the pages of `rows`, without waiting for them."""
-        read_ahead(self._file.descriptor, rows, self._record_bytes)
+        read_ahead(self.memory.descriptor, rows, self._record_bytes)
 
     def _check_room(self, num_rows: int) -> None:
         """A page of a mapped file for which the disk has no room would end the process without a word."""
         if self._is_reserved or num_rows == 0:
             return
-        unwritten = self._file.handle.num_bytes - self._file.resident_bytes()
+        unwritten = self.memory.handle.num_bytes - self.memory.resident_bytes()
         needed = min(unwritten, scattered_bytes(num_rows, self.handle.num_rows, self._record_bytes))
-        status = os.fstatvfs(self._file.descriptor)
+        status = os.fstatvfs(self.memory.descriptor)
         free = status.f_bavail * status.f_frsize
         if needed > free:
             raise OSError(

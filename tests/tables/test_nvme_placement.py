@@ -68,11 +68,11 @@ def test_disk_must_hold_all_rows_or_those_that_a_lazy_run_updates(disk: Path, mo
 
 
 def test_memory_must_hold_the_hot_rows_and_the_index(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = (2_000_000 * (80 * 12 + 4 + 8 + 1) + 10_000_000 * 8) / GIB  # 1.89, where all rows take 8.98
+    needed = (2_000_000 * (80 * 12 + 4 + 8 + 1) + 10_000_000 * 9) / GIB  # 1.90, where all rows take 8.98
     _free(monkeypatch, memory=needed + 0.01)
     _check(disk)
     _free(monkeypatch, memory=needed - 0.01)
-    with pytest.raises(UsageError, match=r"need 1\.89 GiB of host memory .*hot_fraction = 0\.2.* 1\.88 GiB are free"):
+    with pytest.raises(UsageError, match=r"need 1\.90 GiB of host memory .*hot_fraction = 0\.2.* 1\.89 GiB are free"):
         _check(disk)
     _check(disk, hot_fraction=0.1)
 
@@ -95,6 +95,6 @@ def test_options_that_do_not_fit_together_are_refused(options: dict[str, object]
 def test_placement_is_that_of_the_config(disk: Path) -> None:
     tables = TablesConfig(placement="nvme", nvme_dir=str(disk), hot_fraction=0.5, commit="lazy", huge_pages="none")
     assert placement_of(tables) == NvmePlacement(folder=str(disk), hot_fraction=0.5, commit="lazy", huge_pages="none")
-    assert tables.memory_bytes(1000, 80) == 500 * (80 * 12 + 4 + 8 + 1) + 1000 * 8
+    assert tables.memory_bytes(1000, 80) == 500 * (80 * 12 + 4 + 8 + 1) + 1000 * 9
     assert tables.disk_bytes(1000, 80) == 1000 * 80 * 12
     assert TablesConfig().disk_bytes(1000, 80) == 0

@@ -99,7 +99,7 @@ def test_rows_that_are_used_often_stay_in_memory(disk: Path) -> None:
     hot, rng = np.arange(0, 500, 10), np.random.default_rng(0)
     for _ in range(40):
         _step(adam, np.union1d(hot, rng.choice(1000, 40, replace=False)))
-    place_of = adam.shard.store._place_of  # type: ignore[attr-defined]
+    place_of = adam.shard.store.place_of  # type: ignore[attr-defined]
     assert (place_of[hot] > 0).mean() > 0.9
     assert np.count_nonzero(place_of) == 100
 
@@ -111,15 +111,15 @@ def test_memory_holds_the_hot_rows_and_an_index_and_the_file_what_was_updated(di
     assert adam.shard.touched_rows == 1024
     record = DIM * 12
     hot = -(-rows // 10_000) * (record + 4 + 8 + 1)
-    assert adam.shard.memory.resident_bytes() < hot + 2 * 1024 * 4096 + 8 * 4096  # a page each of two arrays
-    on_disk = adam.shard.store._file._file.resident_bytes()  # type: ignore[attr-defined]
+    assert adam.shard.memory.resident_bytes() < hot + rows * 9 + 8 * 4096  # eight arrays, in whole pages
+    on_disk = adam.shard.store.file.memory.resident_bytes()  # type: ignore[attr-defined]
     assert 0 < on_disk <= 2 * 1024 * 4096 < rows * record
 
 
 def test_eager_takes_the_disk_space_at_the_start(disk: Path) -> None:
     adam = _adam(NvmePlacement(folder=str(disk)), 50_000)
-    assert adam.shard.store._file._file.resident_bytes() >= 50_000 * DIM * 12  # type: ignore[attr-defined]
-    assert adam.shard.memory.resident_bytes() >= 50_000 * 8
+    assert adam.shard.store.file.memory.resident_bytes() >= 50_000 * DIM * 12  # type: ignore[attr-defined]
+    assert adam.shard.memory.resident_bytes() >= 50_000 * 9
 
 
 def test_killed_process_leaves_nothing_on_the_disk(disk: Path) -> None:
