@@ -18,9 +18,9 @@ import numba
 import torch
 
 from engram_data.errors import CorpusError
-from engram_megatron.benchmarks import huge_tables, node_tables, nvme_tables
+from engram_megatron.benchmarks import huge_tables, node_tables, nvme_tables, table_memory, table_training
 from engram_megatron.benchmarks.measure import table
-from engram_megatron.benchmarks.row_ids import SAMPLE, TextTokens, read_tokens
+from engram_megatron.benchmarks.row_ids import SAMPLE, read_tokens
 from engram_megatron.benchmarks.row_kernels import Setting, distinct, gather, hash_rows
 from engram_megatron.benchmarks.row_updates import read, update, update_or_sweep, whole_path
 from engram_megatron.errors import UsageError
@@ -28,10 +28,12 @@ from engram_megatron.layouts.forked_ranks import run_ranks
 
 SECTIONS = (hash_rows, distinct, gather, read, update, update_or_sweep, whole_path)
 # Those on several ranks or on a disk, which print lines of their own.
-OTHER_SECTIONS: dict[str, Callable[[TextTokens], Iterator[str]]] = {
-    "nvme": nvme_tables.lines,
-    "nodes": lambda text: node_tables.lines(text, NODE_ROWS, run_ranks),
-    "huge": lambda text: huge_tables.lines(run_ranks),
+OTHER_SECTIONS: dict[str, Callable[[Setting], Iterator[str]]] = {
+    "nvme": lambda setting: nvme_tables.lines(setting.text),
+    "nodes": lambda setting: node_tables.lines(setting.text, NODE_ROWS, run_ranks),
+    "training": lambda setting: table_training.lines(setting.num_threads, run_ranks),
+    "memory": lambda setting: table_memory.lines(run_ranks),
+    "huge": lambda setting: huge_tables.lines(run_ranks),
 }
 NODE_ROWS = 6_500_000  # 1 GiB of weights, 5 GiB of state
 MAX_TOKENS = 2_000_000
@@ -64,7 +66,7 @@ def main() -> int:
     for name, lines in OTHER_SECTIONS.items():
         if arguments.only is None or name in arguments.only:
             print(flush=True)
-            for line in lines(text):
+            for line in lines(setting):
                 print(line, flush=True)
     return 0
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engram_megatron.gather.transport import Transport
+from engram_megatron.gather.transport import Transport, UncheckedTransport
 
 
 def _count(source: int, destination: int) -> int:
@@ -16,7 +16,9 @@ def check_deliveries(transport: Transport) -> None:
     me, size = transport.rank, transport.size
     counts = np.array([_count(me, r) for r in range(size)], np.int64)
     expected_counts = np.array([_count(r, me) for r in range(size)], np.int64)
-    np.testing.assert_array_equal(transport.exchange_counts(counts), expected_counts)
+    one_each = np.ones(size, np.int64)
+    told = transport.exchange(torch.from_numpy(counts), one_each, one_each, what="counts").numpy()
+    np.testing.assert_array_equal(told, expected_counts)
     _check_values(transport, counts, expected_counts)
     _check_shapes(transport, counts, expected_counts)
     _check_large_and_uneven(transport)
@@ -31,6 +33,9 @@ def _check_values(transport: Transport, counts: np.ndarray, expected_counts: np.
     rows = torch.tensor(sent, dtype=torch.float64).reshape(-1, 3)
     received = transport.exchange(rows, counts, expected_counts)
     assert received.tolist() == expected
+    out = torch.full((len(expected), 3), torch.nan, dtype=torch.float64)
+    assert transport.exchange(rows, counts, expected_counts, out=out) is out
+    assert out.tolist() == expected
     ids = transport.exchange(rows[:, 2].to(torch.int64), counts, expected_counts, what="row ids")
     assert ids.tolist() == [row[2] for row in expected]
 
@@ -60,3 +65,13 @@ def _check_large_and_uneven(transport: Transport) -> None:
     rows = torch.from_numpy(np.concatenate([piece(me, r) for r in ranks]))
     received = transport.exchange(rows, send, receive, what="gradients")
     np.testing.assert_array_equal(received.numpy(), np.concatenate([piece(r, me) for r in ranks]))
+
+
+def check_numbers(transport: UncheckedTransport) -> None:
+    """Collective. Numbers arrive beside an exchange, before or after it."""
+    me, ranks = transport.rank, np.arange(transport.size)
+    wait = transport.start_numbers(100 * me + ranks)
+    one_each = np.ones(transport.size, np.int64)
+    received = transport.exchange(torch.full((transport.size, 3), me), one_each, one_each)
+    assert received[:, 0].tolist() == ranks.tolist()
+    assert wait().tolist() == (100 * ranks + me).tolist()

@@ -1,15 +1,18 @@
-"""What ranks under mpiexec do for tests/gather/test_mpi_transport.py."""
+"""What ranks under mpiexec do for tests/gather/test_mpi_transport.py and test_against_dense_adam.py."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import torch
-from exchange_cases import check_deliveries
+from dense_adam_case import Step, case_tables, history_of
+from exchange_cases import check_deliveries, check_numbers
 from numpy.typing import NDArray
+from sharded_tables import sharded_tables
 
 from engram_megatron.gather.transport import (
     CheckedTransport,
@@ -29,6 +32,7 @@ def deliver(rank: int, num_ranks: int) -> dict[str, object]:
     assert isinstance(world.inner, MpiTransport)
     check_deliveries(world)
     check_deliveries(world.inner)
+    check_numbers(world.inner)
     exercise_pairs(world)
     part = group_transport("mpi", [[1], [0, 2]], timeout_s=60)
     check_deliveries(part)
@@ -58,9 +62,9 @@ class _ShiftingMpi(MpiTransport):
     """An MPI that moves what comes from rank 0 by a byte."""
 
     def exchange(
-        self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows"
+        self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows", out: Any = None
     ) -> torch.Tensor:
-        received = super().exchange(rows, send_counts, receive_counts, what=what)
+        received = super().exchange(rows, send_counts, receive_counts, what=what, out=out)
         if what == "row ids" and self.rank == 1:
             piece = received[: int(receive_counts[0])].numpy()
             piece[:] = np.roll(piece.view(np.uint8), 1).view(piece.dtype)
@@ -101,3 +105,12 @@ def deliver_more_than_2_gib(rank: int, num_ranks: int) -> int:
     received = transport.exchange(rows, sends, receives)
     assert bool((received[:, 0] == torch.arange(received.shape[0]) % 251).all())
     return received.numel()
+
+
+def train_tables(rank: int, num_ranks: int) -> list[Step]:
+    """The steps of `dense_adam_case`, every rank a node of its own."""
+    lookup, adam = sharded_tables(case_tables("float64", transport="mpi"), rank, num_ranks)
+    rail = lookup.groups.rail
+    assert isinstance(rail, CheckedTransport)
+    assert isinstance(rail.inner, MpiTransport)
+    return history_of(lookup, adam, rank)

@@ -25,6 +25,7 @@ class Tables:
     block_rows: int = 16
     dtype: Any = "float32"
     ranks_per_node: int = 1
+    transport: Any = "gloo"
     num_waves: int = 1
     placement: Placement | None = None  # None: in memory
     touched_only: bool = False
@@ -44,5 +45,5 @@ def sharded_tables(tables: Tables, rank: int = 0, world_size: int = 1) -> tuple[
     for other in shards:
         other.initial = shard.initial
     adam = RowAdam(shard, CatchUp(0.9, 0.95, tables.eps), touched_only=tables.touched_only)
-    groups = make_groups(topology, timeout_s=60)
+    groups = make_groups(topology, timeout_s=60, kind=tables.transport)
     return RowLookup(shards, adam.read_as_of, groups, tables.num_waves), adam

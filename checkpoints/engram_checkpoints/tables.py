@@ -7,9 +7,9 @@
       learning_rates/           [step_count] float64, one chunk
 
 The arrays are global and know no rank: a block has one owner, so a chunk has one writer and is always written whole.
-Weights are exact: bfloat16 tables save the float32 numbers that they are trained as. A row is saved as its last
-gradient left it; what has become of it since follows from `last_step` and the learning rates of all steps (see
-`CatchUp`), so nothing is brought up to date for a save. A block of which no row ever had a gradient is left out where
+Weights are exact: bfloat16 tables save the float32 numbers that they are trained as. A row is saved as it stands, as of
+its `last_step`; what has become of it since follows from that and the learning rates of all steps (see `CatchUp`), so
+nothing is brought up to date for a save. A block of which no row ever had a gradient is left out where
 it has its initial values, a function of `initial` (seed, std). Chunks carry a CRC-32C over the compressed bytes, so
 damage and truncation are found; a missing chunk, which zarr would read as zeros, is looked for. One block is in flight
 at a time.

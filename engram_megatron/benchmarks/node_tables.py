@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
@@ -58,7 +59,9 @@ def measure_ranks(rank: int, world_size: int, num_rows: int, ids: list[NDArray[n
     lookup, adam = _tables(rank, world_size, num_rows, nodes)
     offset = rank * num_rows // world_size  # the ranks read other text
     steps = [(step + offset) % num_rows for step in ids]
-    times: dict[str, list[float]] = {name: [] for name in ("plan", "first", "waves", "back", "update", "step")}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("plan", "first", "waves", "backward", "back", "update", "step")
+    }
     statistics_of_step = None
     for step in steps:
         started = time.perf_counter()
@@ -68,7 +71,7 @@ def measure_ranks(rank: int, world_size: int, num_rows: int, ids: list[NDArray[n
         for wave in range(1, lookup.num_waves):
             lookup.fetch(rows, wave)
         times["waves"].append(time.perf_counter() - begun)
-        _pretend_gradient(rows)
+        _timed(times["backward"], partial(_backward, rows))
         gradients = _timed(times["back"], lambda: lookup.return_gradients(rows))  # noqa: B023
         _timed(times["update"], lambda: adam.step(gradients, LR))  # noqa: B023
         times["step"].append(time.perf_counter() - started)
@@ -122,11 +125,12 @@ def _beside(lookup: RowLookup, adam: RowAdam, steps: list[NDArray[np.int64]], co
         following = steps[(number + 1) % len(steps)]
         ahead = _ask(worker, lookup, following)
         now.waves[0].result()
-        time.sleep(compute_s)
+        computed = time.perf_counter() + compute_s
         for wave in now.waves:
             wave.result()
         rows = now.planned.result()
-        _pretend_gradient(rows)
+        _backward(rows)  # a part of the model's time
+        time.sleep(max(0.0, computed - time.perf_counter()))
         gradients = worker.submit("return", lambda: lookup.return_gradients(rows)).result()  # noqa: B023
         worker.submit("update", lambda: adam.step(gradients, LR))  # noqa: B023
         ahead.fetch()
@@ -154,8 +158,11 @@ def _ask(worker: Worker, lookup: RowLookup, ids: NDArray[np.int64]) -> _Asked:
     return _Asked(worker, lookup, ids)
 
 
-def _pretend_gradient(rows: UniqueRows) -> None:
-    rows.gradient.fill_(1e-3)
+def _backward(rows: UniqueRows) -> None:
+    """What the backward of the model adds, microbatch by microbatch."""
+    gradient = torch.full((LOOKUPS, ROW_DIM), 1e-3)
+    for places in rows.plan.inverse:
+        rows.gradient.add(torch.from_numpy(places), gradient)
 
 
 def _timed(times: list[float], call: Callable[[], Any]) -> Any:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.gather_rows import gather_rows
 from engram_kernels.segment_sum import sum_pieces
+from engram_megatron.gather.buffers import BufferPool, SharedBufferPool
 from engram_megatron.gather.groups import NodeGroups
 from engram_megatron.gather.plan import (
     GatherPlan,
@@ -35,7 +36,6 @@ from engram_megatron.gather.plan import (
     merge_requests,
     plan_reads,
 )
-from engram_megatron.gather.shared_buffer import SharedBuffers
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.gather.transport import Transport, TransportError
 from engram_megatron.gather.unique_rows import UniqueRows
@@ -66,9 +66,8 @@ class RowLookup:
         self.groups = groups
         self.topology = topology
         self.num_waves = num_waves
-        row_dim, stored = self.shard.row_dim, self.shard.stored
-        self._received = SharedBuffers(groups.node_group, topology.rail, row_dim, stored)
-        self._gradients = SharedBuffers(groups.node_group, topology.rail, row_dim, self.shard.wide)
+        self._pool = BufferPool()
+        self._shared = SharedBufferPool(groups.node_group)
 
     def read(self, ids: Int64) -> UniqueRows:
         """All rows of `ids` (int64 row ids, any shape, may be empty), here and now."""
@@ -89,15 +88,16 @@ class RowLookup:
         asked = self.groups.rail.exchange(ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids").numpy()
         self._check_requests(asked, asked_NW.sum(axis=1))
         arrivals = self._arrivals(plan, requests)
-        self._received.reserve(int(counts_NW.sum()))
-        route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals)
+        received = self._shared.share(self._shared.empty(self._rows_shape(int(counts_NW.sum())), self.shard.stored))
+        route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals, received)
         reads = plan_reads(plan, arrivals, self.layout, self.topology.node, self.num_waves)
         statistics = self._statistics(plan, route)
         self.shard.read_ahead(self.layout.local_index(asked))
         for shard, *reads_of_waves in zip(self.shards, *reads, strict=True):
             for wave in reads_of_waves:
                 shard.read_ahead(wave.local_rows)
-        return UniqueRows(plan, route, reads, statistics, self.shard.row_dim, self.shard.dtype)
+        stored = self._pool.empty(self._rows_shape(plan.unique_rows.size), self.shard.stored)
+        return UniqueRows(plan, route, reads, statistics, stored, self.shard.dtype, self._shared.empty)
 
     def fetch(self, rows: UniqueRows, wave: int) -> None:
         """Bring the rows of one wave into `rows.stored`, as of `catch_up.step`."""
@@ -106,8 +106,7 @@ class RowLookup:
         for rail, (shard, reads) in enumerate(zip(self.shards, rows.reads[wave], strict=True)):
             shard.read(reads.local_rows, self.catch_up, rows.stored, reads.own_places)
             if reads.arrivals.size:
-                received = self._received.rows(rail, int(reads.arrivals.max()) + 1)
-                gather_rows(received, reads.arrivals, rows.stored, reads.received_places)
+                gather_rows(rows.route.received[rail], reads.arrivals, rows.stored, reads.received_places)
         self.groups.node_barrier()  # all of the node have read: buffers and shards may change
 
     def return_gradients(self, rows: UniqueRows) -> RowGradients:
@@ -117,18 +116,27 @@ class RowLookup:
         from run to run. Every row that was asked for is there, with zeros where no loss depended on it.
         """
         if self.topology.num_nodes * self.topology.ranks_per_node == 1:
-            return RowGradients.summed(self.layout.local_index(rows.plan.unique_rows), [rows.gradient.cpu().numpy()])
+            gradients = [rows.gradient.on_host()]
+            return RowGradients.summed(self.layout.local_index(rows.plan.unique_rows), gradients, self._pool.empty)
         route = rows.route
         summed_MD = self._sum_over_node(rows)
         outgoing = torch.from_numpy(self._of_other_nodes(summed_MD, route.requests))
-        received_RD = self.groups.rail.exchange(
-            outgoing, route.counts_NW.sum(axis=1), route.asked_NW.sum(axis=1), what="gradients"
-        ).numpy()
+        received_RD = self._pool.empty(self._rows_shape(int(route.asked_NW.sum())), self.shard.wide)
+        self.groups.rail.exchange(
+            outgoing,
+            route.counts_NW.sum(axis=1),
+            route.asked_NW.sum(axis=1),
+            what="gradients",
+            out=torch.from_numpy(received_RD),
+        )
         own = route.requests.of_node(self.topology.node)
         before = int(route.asked_NW[: self.topology.node].sum())
         keys = np.concatenate([route.asked[:before], route.requests.rows[own], route.asked[before:]])
         values = [received_RD[:before], summed_MD[own], received_RD[before:]]
-        return RowGradients.summed(self.layout.local_index(keys), values)
+        return RowGradients.summed(self.layout.local_index(keys), values, self._pool.empty)
+
+    def _rows_shape(self, num_rows: int) -> tuple[int, int]:
+        return num_rows, self.shard.row_dim
 
     def _statistics(self, plan: GatherPlan, route: Route) -> GatherStatistics:
         """What the gather of a step, with the return of its gradients, moves on this rank."""
@@ -175,37 +183,36 @@ class RowLookup:
         if self.topology.num_nodes == 1:
             return
         served = np.concatenate([route.asked[piece] for piece in route.asked_pieces(wave)])
-        outgoing = self.shard.read(self.layout.local_index(served), self.catch_up)
+        outgoing = self._pool.empty(self._rows_shape(served.size), self.shard.stored)
+        self.shard.read(self.layout.local_index(served), self.catch_up, outgoing)
         counts = route.counts_NW[:, wave]
-        # As bytes: gloo has no 16-bit numbers.
-        bytes_out = torch.from_numpy(outgoing.view(np.uint8))
-        arrived = self.groups.rail.exchange(bytes_out, route.asked_NW[:, wave], counts, what="rows").numpy()
         first = int(route.counts_NW[:, :wave].sum())
-        buffer = self._received.rows(self.topology.rail, first + len(arrived))
-        buffer[first:] = arrived.view(buffer.dtype)
+        incoming = route.received[self.topology.rail][first : first + int(counts.sum())]
+        # As bytes: gloo has no 16-bit numbers.
+        bytes_out, bytes_in = (torch.from_numpy(rows.view(np.uint8)) for rows in (outgoing, incoming))
+        self.groups.rail.exchange(bytes_out, route.asked_NW[:, wave], counts, what="rows", out=bytes_in)
 
     def _sum_over_node(self, rows: UniqueRows) -> NDArray[Any]:
         """The gradients of the node's requests on this rank's rail, [M, D]."""
-        gradient_UD, requests = rows.gradient.cpu().numpy(), rows.route.requests
+        gradient_UD, requests = rows.gradient.on_host(), rows.route.requests
         if self.topology.ranks_per_node == 1:
-            summed_MD = np.empty_like(gradient_UD)
+            summed_MD = self._pool.empty(gradient_UD.shape, gradient_UD.dtype)
             summed_MD[requests.places[0]] = gradient_UD
             return summed_MD
-        self._gradients.reserve(len(gradient_UD))
-        self._gradients.rows(self.topology.rail, len(gradient_UD))[:] = gradient_UD
-        self.groups.node_barrier()
         pieces = []
-        for rail, places in enumerate(requests.places):
+        for rail, of_rank in enumerate(self._shared.share(gradient_UD)):
             start = int(rows.route.starts[rail])
-            pieces.append(self._gradients.rows(rail, start + places.size)[start:])
-        summed_MD = sum_pieces(np.concatenate(requests.places), pieces).sums
-        self.groups.node_barrier()  # all have read: buffers may change
+            pieces.append(of_rank[start : start + requests.places[rail].size])
+        summed_MD = sum_pieces(np.concatenate(requests.places), pieces, self._pool.empty).sums
+        self.groups.node_barrier()  # all have read
         return summed_MD
 
     def _of_other_nodes(self, values: NDArray[Any], requests: NodeRequests) -> NDArray[Any]:
         """Of `values` [M, ...] those whose rows other nodes own."""
         own = requests.of_node(self.topology.node)
-        return np.concatenate([values[: own.start], values[own.stop :]])
+        before, after = values[: own.start], values[own.stop :]
+        out = self._pool.empty((len(before) + len(after), *values.shape[1:]), values.dtype)
+        return np.concatenate([before, after], out=out)
 
     def _check_requests(self, rows: Int64, counts: Int64) -> None:
         """Raise `TransportError` for an id that this rank cannot have been asked for, naming who sent it."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ def make_plan(ids: Int64, layout: RowLayout, num_waves: int = 1) -> GatherPlan:
     rows, inverse = unique_rows(np.ascontiguousarray(ids).reshape(-1))
     assert rows.size == 0 or (rows[0] >= 0 and rows[-1] < layout.total_rows), (rows[0], rows[-1], layout)
     node, rail = np.divmod(layout.owner(rows), layout.shards_per_node)
-    order = np.argsort(rail * layout.num_nodes + node, kind="stable")  # rows rise already, and stay so within an owner
+    order = _order_of_groups(rail * layout.num_nodes + node, layout.num_shards)  # rows stay rising within an owner
     place = np.empty_like(order)
     place[order] = np.arange(rows.size)
     inverse = place[inverse].reshape(ids.shape)
@@ -68,6 +69,12 @@ def hottest_lookups(plan: GatherPlan) -> int:
     lookups = np.bincount(plan.inverse.reshape(-1), minlength=1)
     first = lookups.size - -(-lookups.size // 100)
     return int(np.partition(lookups, first)[first:].sum())
+
+
+def _order_of_groups(groups: Int64, num_groups: int) -> Int64:
+    """The stable order that sorts `groups`, numbers below `num_groups`; numpy counts those of 16 bits."""
+    small = groups.astype(np.uint16) if num_groups <= 2**16 else groups
+    return np.argsort(small, kind="stable")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +115,7 @@ def merge_requests(rows: Sequence[Int64], waves: Sequence[Int64], layout: RowLay
     first_wave = np.full(distinct.size, num_waves - 1, np.int64)
     np.minimum.at(first_wave, inverse, np.concatenate(waves))
     group = layout.owner(distinct) // layout.shards_per_node * num_waves + first_wave
-    order = np.argsort(group, kind="stable")
+    order = _order_of_groups(group, layout.num_nodes * num_waves)
     place = np.empty_like(order)
     place[order] = np.arange(order.size)
     counts = np.bincount(group, minlength=layout.num_nodes * num_waves).astype(np.int64)
@@ -124,6 +131,7 @@ class Route:
     [ranks per node]: where those of each rank of the node begin in that rank's plan. `asked` int64 [R]: row ids that
     other nodes ask of this rank, sorted by node, wave, row id, `asked_NW` from each. `arrivals` int64 [U]: for each of
     the rank's own distinct rows its place in what the rank of its rail receives; -1 where the node itself owns the row.
+    `received`: where each rank of the node receives rows, [rows from other nodes, row_dim], readable by all of them.
     """
 
     requests: NodeRequests
@@ -132,6 +140,7 @@ class Route:
     asked: Int64
     asked_NW: Int64
     arrivals: Int64
+    received: list[NDArray[Any]]
 
     def asked_pieces(self, wave: int) -> list[slice]:
         """The places in `asked` of a wave, node by node."""

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engram_kernels.scatter_add import scatter_add_rows
+from engram_kernels.segment_sum import Empty
 from engram_megatron import platform
 from engram_megatron.config_fields import DType
+from engram_megatron.gather.gradient_sum import DeviceGradient, HostGradient
 from engram_megatron.gather.plan import GatherPlan, Reads, Route
 from engram_megatron.gather.statistics import GatherStatistics
 
@@ -28,8 +29,7 @@ class UniqueRows:
 
     `stored` [U, D]: the rows as the tables' weights are stored, on the host; those of a wave are there once it was
     fetched (`RowLookup.fetch`). `values` [U, D]: the same as numbers on the model's device, after `to_device`.
-    `gradient` [U, D] float32 (float64 of a float64 table), on the device: what `expand`'s backward found, summed over
-    microbatches.
+    `gradient` holds what `expand`'s backward found, summed over microbatches.
     """
 
     def __init__(
@@ -38,22 +38,28 @@ class UniqueRows:
         route: Route,
         reads: list[list[Reads]],
         statistics: GatherStatistics,
-        row_dim: int,
+        stored: NDArray[Any],
         dtype: DType,
+        empty: Empty,
     ) -> None:
+        """`stored` is to be filled; `empty` makes the array on the host in which gradients end."""
         self.plan = plan
         self.route = route
         self.reads = reads
         self.statistics = statistics
-        device, shape = platform.device(), (plan.unique_rows.size, row_dim)
-        on_host = torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="cpu")
-        bits = on_host.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else on_host.numpy()
-        self.stored: NDArray[Any] = bits
+        device = platform.device()
+        is_bits = dtype == "bfloat16"  # which torch knows and numpy does not
+        on_host = torch.from_numpy(stored.view(np.int16) if is_bits else stored).view(TORCH_DTYPES[dtype])
+        self.stored = stored
         self.values = on_host if device.type == "cpu" else torch.empty_like(on_host, device=device)
         self._on_host = on_host
         self._inverse = torch.from_numpy(plan.inverse).to(device)
         wide = torch.float64 if dtype == "float64" else torch.float32
-        self.gradient = torch.zeros(shape, dtype=wide, device=device)
+        self.gradient = (
+            HostGradient(stored.shape, wide, empty)
+            if device.type == "cpu"
+            else DeviceGradient(stored.shape, wide, empty, device)
+        )
         # What autograd follows: the rows themselves are not in its graph, so that a wave may still fill them.
         self._anchor = torch.zeros((), dtype=wide, device=device, requires_grad=True)
 
@@ -69,22 +75,11 @@ class UniqueRows:
         """Rows of `ids[index]` with a last dimension of D added, in `dtype` (default: that of the tables' weights).
 
         `index` is basic indexing of the ids that were asked for. With the microbatch as the ids' first dimension,
-        `expand(i)` is the memory of microbatch i. The backward adds into `gradient` in float32 (float64), in the order
-        of the ids, and is bit-identical from run to run.
+        `expand(i)` is the memory of microbatch i. The backward adds to `gradient` in float32 (float64), in the order of
+        the ids, and is bit-identical from run to run.
         """
         memory: Tensor = _Expand.apply(self._anchor, self, self._inverse[index], dtype or self.values.dtype)
         return memory
-
-    def add_gradient(self, inverse: Tensor, gradient: Tensor) -> None:
-        """Add the `gradient` [..., D] of rows `inverse` [...] to theirs."""
-        flat, rows = inverse.reshape(-1), gradient.reshape(-1, gradient.shape[-1]).to(self.gradient.dtype)
-        if self.gradient.device.type == "cpu":
-            scatter_add_rows(self.gradient.numpy(), flat.numpy(), rows.contiguous().numpy())
-            return
-        # On a GPU index_add_ adds in any order; this one sorts first.
-        distinct, within = torch.unique(flat, return_inverse=True)
-        summed = torch.ops.aten.embedding_dense_backward(rows, within, distinct.numel(), -1, False)
-        self.gradient[distinct] += summed
 
 
 class _Expand(torch.autograd.Function):
@@ -95,5 +90,5 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.rows.add_gradient(ctx.inverse, gradients[0])
+        ctx.rows.gradient.add(ctx.inverse, gradients[0])
         return torch.zeros_like(ctx.anchor), None, None, None

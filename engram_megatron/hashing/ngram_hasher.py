@@ -105,16 +105,18 @@ class NgramHasher:
         tokens_BT: NDArray[np.integer[Any]],
         document_ids_BT: NDArray[np.int32] | None,
         layers: Sequence[int] | None = None,
+        out: Int64 | None = None,
     ) -> Int64:
         """Row ids in the joined row space of all layers, int64 [L, B, T, H], of raw token ids.
 
         `layers`: numbers from 0 of the Engram layers to hash for, may be none; without it all of them.
         With `document_ids_BT` (equal neighbours = same document) a window stops at the start of its document:
         everything older counts as the pad id. None looks back to the start of the sequence, as the demo does.
+        The result is written to `out`, contiguous, where it is given.
         Raises `UsageError` for an id that the vocabulary does not have.
         """
         chosen = range(len(self.layer_numbers)) if layers is None else layers
-        return self._hash(tokens_BT, document_ids_BT, self.row_offsets_LH, list(chosen))
+        return self._hash(tokens_BT, document_ids_BT, self.row_offsets_LH, list(chosen), out)
 
     def hashes(self, tokens_BT: NDArray[np.integer[Any]], document_ids_BT: NDArray[np.int32] | None = None) -> Int64:
         """As `rows`, but numbered within each head: 0..prime - 1."""
@@ -127,9 +129,10 @@ class NgramHasher:
         document_ids_BT: NDArray[np.int32] | None,
         offsets_LH: Int64,
         layers: list[int],
+        out: Int64 | None = None,
     ) -> Int64:
         multipliers, primes, offsets = self.multipliers_LN[layers], self.primes_LOJ[layers], offsets_LH[layers]
-        return ngram_hash(self.compress(tokens_BT), document_ids_BT, multipliers, primes, offsets, self.pad_id)
+        return ngram_hash(self.compress(tokens_BT), document_ids_BT, multipliers, primes, offsets, self.pad_id, out)
 
     def identity(self) -> dict[str, Any]:
         """All that decides which row a token window reads, JSON-able; tables are worthless under another identity."""

@@ -1,17 +1,20 @@
 """Adam on one shard of the tables, equal to `torch.optim.Adam` on the whole table as one dense weight.
 
 Dense Adam moves a row with live moments in every step, whether the step used it or not. Here a step costs what the rows
-with a gradient cost: `engram_kernels.catch_up` says how the others get what they missed, exactly.
+with a gradient cost: `engram_kernels.catch_up` says how the others get what they missed, exactly. A step that uses much
+of the table moves all of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
-from engram_kernels.row_adam import update_rows
+from engram_kernels.row_adam import is_for_sweep, sweep_rows, update_rows
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.table_shard import TableShard
 
@@ -52,19 +55,28 @@ class RowAdam:
         local_rows = row_gradients.local_rows
         sample = local_rows[:: max(1, local_rows.size // SAMPLED_ROWS)]
         before = self.shard.finished_masters(sample, self.read_as_of)
-        for part in self.shard.updating(local_rows):
-            update_rows(
-                part.table,
-                part.places,
-                row_gradients.gradients[part.order],
-                self.catch_up,
-                lr,
-                gradient_scale,
-                touched_only=self.touched_only,
-            )
+        self.shard.touch(local_rows)
+        self._move(local_rows, row_gradients.gradients, lr, gradient_scale)
         self.catch_up.advance(lr)
         self.last_update = LastUpdate(
             rows=local_rows.size,
             update_square=float(np.square(self.shard.masters(sample) - before, dtype=np.float64).sum()),
             weight_square=float(np.square(before, dtype=np.float64).sum()),
         )
+
+    def _move(self, local_rows: NDArray[np.int64], gradients: NDArray[Any], lr: float, scale: float) -> None:
+        shard, catch_up = self.shard, self.catch_up
+        if not self.touched_only and is_for_sweep(local_rows.size, shard.touched_rows, shard.num_rows):
+            for part in shard.sweeping(local_rows):
+                sweep_rows(part.table, part.places, gradients[part.order], catch_up, lr, scale)
+            return
+        for part in shard.updating(local_rows):
+            update_rows(
+                part.table,
+                part.places,
+                gradients[part.order],
+                catch_up,
+                lr,
+                scale,
+                touched_only=self.touched_only,
+            )

@@ -80,5 +80,8 @@ class HostRows:
     def updating(self, rows: Int64, is_new: NDArray[np.bool_]) -> Iterator[RowPart]:
         yield RowPart(slice(None), self.table, rows)
 
+    def sweeping(self, rows: Int64, is_new: NDArray[np.bool_]) -> Iterator[RowPart]:
+        yield RowPart(slice(None), self.table, rows)
+
     def read_ahead(self, rows: Int64) -> None:
         """Nothing: memory is near."""

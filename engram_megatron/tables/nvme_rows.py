@@ -27,7 +27,7 @@ from engram_megatron.tables.node_memory import ArraySpec, HugePages, MemoryHandl
 from engram_megatron.tables.row_file import FileHandle, RowFile
 from engram_megatron.tables.row_store import Int64, RowFormat, RowPart, read_weights
 
-COLD_ROWS_AT_ONCE = 16384  # read from the file into a copy of this many
+ROWS_AT_ONCE = 16384  # copied out of the file
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,17 @@ class NvmeRows:
         hot_at, hot, cold_at = self._divided(rows)
         places = np.arange(rows.size) if places is None else places
         read_weights(self._hot, hot, catch_up, out, places[hot_at])
-        for start in range(0, cold_at.size, COLD_ROWS_AT_ONCE):
-            at = cold_at[start : start + COLD_ROWS_AT_ONCE]
-            copy = self._empty(at.size)
-            self.file.load(rows[at], copy, np.arange(at.size))
-            copy.last_step[:] = self.last_step[rows[at]]
-            read_weights(copy, np.arange(at.size), catch_up, out, places[at])
+        for start in range(0, cold_at.size, ROWS_AT_ONCE):
+            at = cold_at[start : start + ROWS_AT_ONCE]
+            read_weights(self._copy(rows[at]), np.arange(at.size), catch_up, out, places[at])
 
     def exact(self, rows: Int64) -> RowState:
-        hot_at, hot, cold_at = self._divided(rows)
-        copy = self._empty(rows.size)
-        copy_rows((self._hot.weight, self._hot.state), hot, (copy.weight, copy.state), hot_at)
-        self.file.load(rows[cold_at], copy, cold_at)
-        copy.last_step[:] = self.last_step[rows]
-        return copy.exact()
+        return self._copy(rows).exact()
 
     def write(self, rows: Int64, values: RowState) -> None:
-        assert not self.place_of[rows].any(), "rows are written before the first update"
         copy = self._empty(rows.size)
         copy.set_exact(slice(None), values)
-        self.file.save(copy, np.arange(rows.size), rows)
-        self.last_step[rows] = values.last_step
+        self._store(rows, copy)
 
     def updating(self, rows: Int64, is_new: NDArray[np.bool_]) -> Iterator[RowPart]:
         check_rows(rows, self.last_step.size)
@@ -110,6 +100,20 @@ class NvmeRows:
             order = np.argsort(places)
             yield RowPart(start + order, self._hot, places[order])
             self.last_step[rows[part]] = self._hot.last_step[places]
+
+    def sweeping(self, rows: Int64, is_new: NDArray[np.bool_]) -> Iterator[RowPart]:
+        check_rows(rows, self.last_step.size)
+        for start in range(0, self.last_step.size, ROWS_AT_ONCE):
+            moves = self.last_step[start : start + ROWS_AT_ONCE] > 0
+            first, last = np.searchsorted(rows, (start, start + moves.size))
+            for piece in range(first, last, self._hot.num_rows):  # so that rows become hot as in other updates
+                part = slice(piece, min(piece + self._hot.num_rows, last))
+                self._bring_in(rows[part], is_new[part])
+            moves[rows[first:last] - start] = True
+            moving = start + np.flatnonzero(moves)
+            copy = self._copy(moving)
+            yield RowPart(slice(first, last), copy, np.searchsorted(moving, rows[first:last]))
+            self._store(moving, copy)
 
     def read_ahead(self, rows: Int64) -> None:
         cold = self.place_of[rows] == 0
@@ -125,6 +129,23 @@ class NvmeRows:
         self._hot.state[admitted.places[is_new]] = 0
         self._hot.last_step[admitted.places] = self.last_step[rows]
         return admitted.places
+
+    def _copy(self, rows: Int64) -> RowState:
+        """A copy of `rows` as they are stored."""
+        hot_at, hot, cold_at = self._divided(rows)
+        copy = self._empty(rows.size)
+        copy_rows((self._hot.weight, self._hot.state), hot, (copy.weight, copy.state), hot_at)
+        self.file.load(rows[cold_at], copy, cold_at)
+        copy.last_step[:] = self.last_step[rows]
+        return copy
+
+    def _store(self, rows: Int64, copy: RowState) -> None:
+        """Put `copy` where `rows` lie."""
+        hot_at, hot, cold_at = self._divided(rows)
+        copy_rows((copy.weight, copy.state), hot_at, (self._hot.weight, self._hot.state), hot)
+        self._hot.last_step[hot] = copy.last_step[hot_at]
+        self.file.save(copy, cold_at, rows[cold_at])
+        self.last_step[rows] = copy.last_step
 
     def _divided(self, rows: Int64) -> tuple[Int64, Int64, Int64]:
         """Which of `rows` are hot, and their places; which are not. Raises `IndexError` for a row outside the shard."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engram_kernels.segment_sum import sum_pieces
+from engram_kernels.segment_sum import Empty, sum_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,12 @@ class RowGradients:
     squared_norms: NDArray[np.float64]
 
     @classmethod
-    def summed(cls, local_rows: NDArray[np.int64], pieces: Sequence[NDArray[Any]]) -> RowGradients:
+    def summed(
+        cls, local_rows: NDArray[np.int64], pieces: Sequence[NDArray[Any]], empty: Empty = np.empty
+    ) -> RowGradients:
         """Of `pieces` [n_i, row_dim], put one after another the gradients of `local_rows` int64 [sum of n_i], in which
-        rows may repeat: each row's are added in that order."""
-        return cls(*sum_pieces(local_rows, pieces))
+        rows may repeat: each row's are added in that order. `empty` makes the array of the sums."""
+        return cls(*sum_pieces(local_rows, pieces, empty))
 
     @property
     def norm_squared(self) -> float:

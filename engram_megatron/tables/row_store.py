@@ -92,6 +92,10 @@ class RowStore(Protocol):
         """`rows`, strictly rising, part by part; each part is to be updated before the next is asked for. Those that
         `is_new` (bool [k]) were never written: they come with moments of zero and any weights."""
 
+    def sweeping(self, rows: Int64, is_new: NDArray[np.bool_]) -> Iterator[RowPart]:
+        """As `updating`; beside `rows` the tables of the parts hold all rows that ever had a gradient, to be updated
+        too. (Others in them never had one: their last step is 0.)"""
+
     def read_ahead(self, rows: Int64) -> None:
         """Have `rows` brought near, from where reading them takes long; they will be read soon."""
 

@@ -235,13 +235,31 @@ class TableShard:
         read_rows(whole, np.arange(local_rows.size), values, catch_up)
         return values
 
+    def touch(self, local_rows: NDArray[np.int64]) -> None:
+        """Count rows that are to have their first gradient now."""
+        self.touched_rows += int(np.count_nonzero(self.last_step[local_rows] == 0))
+
     def updating(self, local_rows: NDArray[np.int64]) -> Iterator[RowPart]:
         """`local_rows` int64 [n], strictly rising, part by part in memory, each to be updated before the next is asked
-        for. Rows that are to have their first gradient now are counted, and made where they are not stored yet."""
-        never = self.last_step[local_rows] == 0
-        self.touched_rows += int(never.sum())
-        is_new = never & self.makes_rows
-        for part in self.store.updating(local_rows, is_new):
+        for. Rows that are not stored yet are made."""
+        is_new = self._is_unmade(local_rows)
+        return self._made(local_rows, is_new, self.store.updating(local_rows, is_new))
+
+    def sweeping(self, local_rows: NDArray[np.int64]) -> Iterator[RowPart]:
+        """As `updating`; beside `local_rows` the tables of the parts hold all rows that ever had a gradient, to be
+        updated too."""
+        is_new = self._is_unmade(local_rows)
+        return self._made(local_rows, is_new, self.store.sweeping(local_rows, is_new))
+
+    def _is_unmade(self, local_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        unmade: NDArray[np.bool_] = (self.last_step[local_rows] == 0) & self.makes_rows
+        return unmade
+
+    def _made(
+        self, local_rows: NDArray[np.int64], is_new: NDArray[np.bool_], parts: Iterator[RowPart]
+    ) -> Iterator[RowPart]:
+        """`parts`, in which the weights of those of `local_rows` that are new are made."""
+        for part in parts:
             new = np.flatnonzero(is_new[part.order])
             if new.size:
                 part.table.set_master(part.places[new], self._initial(local_rows[part.order][new]))

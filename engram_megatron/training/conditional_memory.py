@@ -28,6 +28,7 @@ from engram_data.batch import Batch
 from engram_kernels.catch_up import CatchUp
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
+from engram_megatron.gather.buffers import BufferPool
 from engram_megatron.gather.groups import make_groups, open_node_shards
 from engram_megatron.gather.lookup import RowLookup
 from engram_megatron.gather.statistics import GatherStatistics
@@ -128,6 +129,7 @@ class ConditionalMemory:
         self.num_waves = min(self.tables.waves, config.training.num_microbatches(ranks.data_ranks))
         self.lookup = RowLookup(self.shards, self.adam.read_as_of, groups, self.num_waves)
         self.learning_rate_multiplier = optimizer.table_learning_rate_multiplier
+        self._ids = BufferPool()
         self.worker = Worker(beside=self.tables.overlap, on_failure=on_failure)
 
     def initialize(self, seed: int) -> None:
@@ -148,19 +150,22 @@ class ConditionalMemory:
         ask for the layers that stand on them; one without any takes part as an owner of rows.
         """
         batches = list(batches)
-        return StepRows(
-            self.worker.submit("plan", lambda: self.lookup.plan(np.stack([self._row_ids(b) for b in batches])))
-        )
+        return StepRows(self.worker.submit("plan", lambda: self.lookup.plan(self._row_ids(batches))))
 
     def fetch(self, rows: StepRows) -> None:
         """Fetch what was planned, as the tables are after the updates asked for so far. Collective over all ranks."""
         rows.fetch(self.worker, self.lookup)
 
-    def _row_ids(self, batch: Batch) -> NDArray[np.int64]:
-        """Row ids int64 [L, B, S, H]."""
-        documents = batch.document_ids if self.engram.cut_at_documents else None
-        rows_LBTH = self.hasher.rows(batch.tokens, documents, [layer for layers in self.chunks for layer in layers])
-        return rows_LBTH[:, :, self.ranks.memory_positions(rows_LBTH.shape[2])]
+    def _row_ids(self, batches: Sequence[Batch]) -> NDArray[np.int64]:
+        """Row ids int64 [N, L, B, S, H]."""
+        layers = [layer for layers in self.chunks for layer in layers]
+        B, T = batches[0].tokens.shape
+        rows_NLBTH = self._ids.empty((len(batches), len(layers), B, T, self.engram.num_heads), np.int64)
+        for rows_LBTH, batch in zip(rows_NLBTH, batches, strict=True):
+            documents = batch.document_ids if self.engram.cut_at_documents else None
+            self.hasher.rows(batch.tokens, documents, layers, out=rows_LBTH)
+        positions = self.ranks.memory_positions(T)
+        return rows_NLBTH if positions.size == T else rows_NLBTH[:, :, :, positions]
 
     def of_microbatch(self, rows: StepRows, index: int, chunk: int = 0) -> torch.Tensor | None:
         """Memory [L of the chunk, S, B, E] of microbatch `index`, in the model's dtype, differentiable back to the

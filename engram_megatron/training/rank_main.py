@@ -86,7 +86,7 @@ def _leave_together(rank: str, error: Exception, code: int) -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    sys.stderr.write(f"{message}\n")  # at once: another rank may write here too, and `print` writes the end apart
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not sys.exit: destructors of process groups can hang on ranks that are gone

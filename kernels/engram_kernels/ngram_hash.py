@@ -27,8 +27,10 @@ def ngram_hash(
     primes_LOJ: Int64,
     row_offsets_LH: Int64,
     pad_id: int,
+    out: Int64 | None = None,
 ) -> Int64:
-    """Row numbers of all n-grams that end at each position. Arguments and result as `reference.ngram_hash`.
+    """Row numbers of all n-grams that end at each position. Arguments and result as `reference.ngram_hash`; the result
+    is written to `out` int64 [L, B, T, H], contiguous, where it is given.
 
     Runs on numba's threads (`numba.set_num_threads`) and releases the GIL; the first call of a process loads or
     compiles the machine code.
@@ -38,7 +40,10 @@ def ngram_hash(
     H = row_offsets_LH.shape[1]
     assert primes_LOJ.shape == (L, N - 1, H // (N - 1))
     assert document_ids_BT is None or document_ids_BT.shape == (B, T)
-    rows_LBTH = np.empty((L, B, T, H), dtype=np.int64)
+    rows_LBTH = np.empty((L, B, T, H), dtype=np.int64) if out is None else out
+    assert rows_LBTH.shape == (L, B, T, H), (rows_LBTH.shape, (L, B, T, H))
+    assert rows_LBTH.dtype == np.int64, rows_LBTH.dtype
+    assert rows_LBTH.flags.c_contiguous, rows_LBTH.strides
     documents = np.zeros((0, 0), dtype=np.int32) if document_ids_BT is None else document_ids_BT
     _hash_tokens(
         np.ascontiguousarray(tokens_BT, dtype=np.int64),

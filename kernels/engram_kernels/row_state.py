@@ -4,7 +4,8 @@ Shape letters: n rows, D columns of a row, S width of a record.
 
     weight     [n, D]  float32, float64, or uint16 that holds bfloat16 bits: what a gather reads
     state      [n, S]  exp_avg in [:, :D], exp_avg_sq in [:, D:2D]; float32, float64 for float64 weights
-    last_step  [n]     int32, the optimizer step (from 1) in which a row last had a gradient; 0: never, moments zero
+    last_step  [n]     int32, the optimizer step (from 1) as of which a row stands: that of its last gradient, or of a
+                       later sweep over the table; 0: it never had a gradient, moments zero
 
 With bfloat16 weights the record ends with D int16 remainders in its last D / 2 floats (S = 2D + D/2, D even), which
 complete the weights to an exact float32 (`split_float`): 12 bytes per parameter in all. One row's record is contiguous,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from engram_kernels.prefetch import prefetch_bytes
 from engram_kernels.unique_rows import RowGroups, group_rows
+
+Empty = Callable[[tuple[int, ...], Any], NDArray[Any]]  # as np.empty
 
 _ROWS_AHEAD = 6
 _SUMS_PER_TASK = 256
@@ -25,8 +27,10 @@ class RowSums(NamedTuple):
     squared_norms: NDArray[np.float64]
 
 
-def sum_pieces(keys: NDArray[np.int64], pieces: Sequence[NDArray[Any]]) -> RowSums:
+def sum_pieces(keys: NDArray[np.int64], pieces: Sequence[NDArray[Any]], empty: Empty = np.empty) -> RowSums:
     """The distinct keys, rising, and per key the sum of its rows of `pieces` [n_i, D], end to end, not copied.
+
+    `empty` makes the array of the sums.
 
     keys int64 [sum of n_i]; all pieces have one dtype, float32 or float64. Each sum runs in the order in which its rows
     stand in the pieces, whatever the number of threads, so repeats are bit-identical. The squared norms are computed in
@@ -37,13 +41,13 @@ def sum_pieces(keys: NDArray[np.int64], pieces: Sequence[NDArray[Any]]) -> RowSu
     dtype, row_dim = pieces[0].dtype, pieces[0].shape[1]
     assert all((p.dtype, p.shape[1:]) == (dtype, (row_dim,)) for p in pieces), [(p.dtype, p.shape) for p in pieces]
     assert sum(map(len, pieces)) == keys.size, (list(map(len, pieces)), keys.size)
-    return _sum_groups(group_rows(keys), pieces)
+    return _sum_groups(group_rows(keys), pieces, empty)
 
 
-def _sum_groups(groups: RowGroups, pieces: list[NDArray[Any]]) -> RowSums:
+def _sum_groups(groups: RowGroups, pieces: list[NDArray[Any]], empty: Empty) -> RowSums:
     row_bytes = pieces[0].strides[0] if pieces[0].size > 0 else pieces[0].shape[1] * pieces[0].itemsize
     addresses = np.concatenate([p.ctypes.data + np.arange(len(p), dtype=np.int64) * row_bytes for p in pieces])
-    sums = np.empty((groups.rows.size, pieces[0].shape[1]), pieces[0].dtype)
+    sums = empty((groups.rows.size, pieces[0].shape[1]), pieces[0].dtype)
     squared_norms = np.empty(groups.rows.size, np.float64)
     _sum_rows(addresses, groups.starts, groups.positions, sums, squared_norms)
     return RowSums(groups.rows, sums, squared_norms)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,9 +56,9 @@ class _DamagingGloo(GlooTransport):
         self.damage, self.what = damage, what
 
     def exchange(
-        self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows"
+        self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows", out: Any = None
     ) -> torch.Tensor:
-        received = super().exchange(rows, send_counts, receive_counts, what=what)
+        received = super().exchange(rows, send_counts, receive_counts, what=what, out=out)
         if what == self.what and self.rank == DESTINATION:
             first = int(receive_counts[:SOURCE].sum())
             piece = received[first : first + int(receive_counts[SOURCE])]
@@ -122,9 +123,9 @@ def _deliver_elsewhere(rank: int, world_size: int) -> tuple[tuple[int, ...], str
 
     class Misrouting(GlooTransport):
         def exchange(
-            self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows"
+            self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows", out: Any = None
         ) -> torch.Tensor:
-            received = super().exchange(rows, send_counts, receive_counts, what=what)
+            received = super().exchange(rows, send_counts, receive_counts, what=what, out=out)
             return received[[1, 0, 2]] if self.rank == 2 and what == "rows" and received.dim() == 2 else received
 
     members = [Member(10 * r, "host") for r in range(world_size)]

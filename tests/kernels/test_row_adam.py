@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.gather_rows import gather_rows
-from engram_kernels.row_adam import read_rows, update_rows
+from engram_kernels.row_adam import is_for_sweep, read_rows, sweep_rows, update_rows
 from engram_kernels.row_reference import DenseRows, dense_adam_step, touched_adam_step
 from engram_kernels.row_state import SPLIT, RowState, compute_dtype, zero_rows
 from engram_kernels.split_float import bfloat16_to_float32, round_to_bfloat16
@@ -25,6 +25,8 @@ LARGE_EPS = 1e-3  # next to gradients of 1
 WEIGHT_DTYPES = ["float64", "float32", SPLIT.name]
 
 Gradients = tuple[NDArray[np.int64], NDArray[Any]]
+# Which steps move all rows, and not only those with a gradient.
+SWEEPS = {"never": lambda step: False, "always": lambda step: True, "at times": lambda step: step % 7 < 2}
 
 
 def _table(dtype: str, row_dim: int = DIM) -> RowState:
@@ -48,13 +50,21 @@ def _rate(step: int) -> float:
 
 
 def _run(
-    table: RowState, steps: range, catch_up: CatchUp | None = None, eps: float = EPS, touched_only: bool = False
+    table: RowState,
+    steps: range,
+    catch_up: CatchUp | None = None,
+    eps: float = EPS,
+    touched_only: bool = False,
+    sweeps: str = "never",
 ) -> CatchUp:
     catch_up = catch_up or CatchUp(*BETAS, eps)
     for step in steps:
         rows, gradients = _gradients(step, table.row_dim)
         gradients = gradients.astype(table.state.dtype)
-        update_rows(table, rows, gradients, catch_up, _rate(step), SCALE, touched_only=touched_only)
+        if SWEEPS[sweeps](step):
+            sweep_rows(table, rows, gradients, catch_up, _rate(step), SCALE)
+        else:
+            update_rows(table, rows, gradients, catch_up, _rate(step), SCALE, touched_only=touched_only)
         catch_up.advance(_rate(step))
     return catch_up
 
@@ -88,13 +98,15 @@ def _torch_adam(weight: NDArray[np.float64], steps: range, eps: float) -> tuple[
 
 
 @pytest.mark.parametrize("eps", [EPS, LARGE_EPS])
-def test_float64_equals_dense_adam_of_torch_with_rows_left_alone_for_300_steps(eps: float) -> None:
+@pytest.mark.parametrize("sweeps", SWEEPS)
+def test_float64_equals_dense_adam_of_torch_with_rows_left_alone_for_300_steps(eps: float, sweeps: str) -> None:
     table = _table("float64")
     weight, state = _torch_adam(table.weight, range(400), eps)
-    catch_up = _run(table, range(400), eps=eps)
+    catch_up = _run(table, range(400), eps=eps, sweeps=sweeps)
     used = table.last_step > 0
     assert 0 < used.sum() < ROWS
-    assert (table.last_step[used] < 60).any(), "some row must be behind by more than 300 steps"
+    if sweeps == "never":
+        assert (table.last_step[used] < 60).any(), "some row must be behind by more than 300 steps"
     # the closed form adds the same numbers in another order: a few hundred roundings of 1e-16
     np.testing.assert_allclose(_read_all(table, catch_up), weight.numpy(), rtol=1e-10, atol=1e-12)
     behind = 400 - table.last_step[:, None]
@@ -112,12 +124,13 @@ def test_reference_is_adam_of_torch() -> None:
 
 @pytest.mark.parametrize("row_dim", [DIM, 5, 1])
 @pytest.mark.parametrize("eps", [EPS, LARGE_EPS])
-def test_float32_stays_within_its_rounding(eps: float, row_dim: int) -> None:
+@pytest.mark.parametrize("sweeps", SWEEPS)
+def test_float32_stays_within_its_rounding(eps: float, row_dim: int, sweeps: str) -> None:
     table = _table("float32", row_dim)
     dense = DenseRows.start(table.master().astype(np.float64))
     for step in range(120):
         dense_adam_step(dense, *_gradients(step, row_dim), _rate(step), SCALE, BETAS, eps)
-    catch_up = _run(table, range(120), eps=eps)
+    catch_up = _run(table, range(120), eps=eps, sweeps=sweeps)
     # u: half an ulp of 1. A moment carries at most 40 u (m) or 80 u (v, halved by the root) of the sums of absolute
     # gradients it was made of, the update six more: under 90 u of at most 2 lr per step; each write to a weight adds
     # u |w|, one per step when stepped and at most two per step in the closed form.
@@ -127,11 +140,11 @@ def test_float32_stays_within_its_rounding(eps: float, row_dim: int) -> None:
 
 
 @pytest.mark.parametrize("eps", [EPS, LARGE_EPS])
-@pytest.mark.parametrize("touched_only", [False, True])
-def test_bfloat16_with_remainder_is_the_float32_table_to_the_bit(eps: float, touched_only: bool) -> None:
+@pytest.mark.parametrize(("touched_only", "sweeps"), [(False, "never"), (True, "never"), (False, "at times")])
+def test_bfloat16_with_remainder_is_the_float32_table_to_the_bit(eps: float, touched_only: bool, sweeps: str) -> None:
     split, whole = _table(SPLIT.name), _table("float32")
-    catch_up = _run(split, range(120), eps=eps, touched_only=touched_only)
-    _run(whole, range(120), eps=eps, touched_only=touched_only)
+    catch_up = _run(split, range(120), eps=eps, touched_only=touched_only, sweeps=sweeps)
+    _run(whole, range(120), eps=eps, touched_only=touched_only, sweeps=sweeps)
     np.testing.assert_array_equal(split.master(), whole.weight)
     np.testing.assert_array_equal(split.exp_avg, whole.exp_avg)
     np.testing.assert_array_equal(split.exp_avg_sq, whole.exp_avg_sq)
@@ -166,10 +179,11 @@ def test_reading_changes_nothing_and_shows_what_an_update_starts_from(dtype: str
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-def test_rows_that_never_had_a_gradient_stay_bit_identical(dtype: str) -> None:
+@pytest.mark.parametrize("sweeps", ["never", "always"])
+def test_rows_that_never_had_a_gradient_stay_bit_identical(dtype: str, sweeps: str) -> None:
     table = _table(dtype)
     before = table.weight.copy()
-    catch_up = _run(table, range(60))
+    catch_up = _run(table, range(60), sweeps=sweeps)
     never = table.last_step == 0
     assert never.any()
     np.testing.assert_array_equal(table.weight[never], before[never])
@@ -182,8 +196,8 @@ def test_moments_that_are_zero_give_no_nan_without_eps() -> None:
     catch_up = CatchUp(*BETAS, 0.0)
     gradients = np.zeros((2, DIM), np.float32)
     gradients[0, 0] = 1e-30  # its square is zero in float32
-    for rows in ([3, 4], [5, 6], [3, 4]):
-        update_rows(table, np.array(rows), gradients, catch_up, LR)
+    for rows, update in (([3, 4], update_rows), ([5, 6], update_rows), ([3, 4], update_rows), ([3, 5], sweep_rows)):
+        update(table, np.array(rows), gradients, catch_up, LR)
         catch_up.advance(LR)
     np.testing.assert_array_equal(_read_all(table, catch_up), before)
 
@@ -200,14 +214,37 @@ def test_moments_left_alone_for_thousands_of_steps_become_zero() -> None:
     np.testing.assert_array_equal(table.state[0], 0)
 
 
+def test_after_a_sweep_nothing_is_left_to_catch_up() -> None:
+    table = _table("float32")
+    catch_up = _run(table, range(60))
+    assert np.unique(table.last_step).size > 10
+    _run(table, range(60, 61), catch_up, sweeps="always")
+    assert np.unique(table.last_step).tolist() == [0, 61]
+    np.testing.assert_array_equal(_read_all(table, catch_up), table.weight)
+
+
+def test_moments_of_rows_that_sweeps_move_become_zero() -> None:
+    """And not subnormal numbers, on which arithmetic is slow."""
+    table = _table("float32")
+    catch_up = CatchUp(*BETAS, EPS)
+    rows, nothing = np.array([0]), np.empty((0, DIM), np.float32)
+    sweep_rows(table, rows, np.full((1, DIM), 1e-3, np.float32), catch_up, LR)
+    catch_up.advance(LR)
+    for _ in range(3000):
+        sweep_rows(table, rows[:0], nothing, catch_up, LR)
+        catch_up.advance(LR)
+    np.testing.assert_array_equal(table.state[0], 0)
+
+
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-def test_result_is_the_same_for_any_number_of_threads(dtype: str) -> None:
+@pytest.mark.parametrize("sweeps", ["never", "at times"])
+def test_result_is_the_same_for_any_number_of_threads(dtype: str, sweeps: str) -> None:
     tables, reads = [], []
     threads = numba.get_num_threads()
     for number in (1, threads):
         numba.set_num_threads(number)
         table = _table(dtype)
-        catch_up = _run(table, range(30))
+        catch_up = _run(table, range(30), sweeps=sweeps)
         tables.append(table)
         reads.append(_read_all(table, catch_up))
     _assert_same(*tables)
@@ -251,6 +288,8 @@ def test_row_outside_the_table_is_an_error() -> None:
             gather_rows(table.weight, np.array([0, row]), np.empty((2, DIM), np.float32))
         with pytest.raises(IndexError, match=str(row)):
             update_rows(table, np.array([row]), np.empty((1, DIM), np.float32), catch_up, LR)
+        with pytest.raises(IndexError, match=str(row)):
+            sweep_rows(table, np.array([row]), np.empty((1, DIM), np.float32), catch_up, LR)
 
 
 def test_rounded_rows_are_nearest_bfloat16_of_the_master() -> None:
@@ -260,3 +299,9 @@ def test_rounded_rows_are_nearest_bfloat16_of_the_master() -> None:
     update_rows(table, np.arange(ROWS), np.zeros((ROWS, DIM), np.float32), catch_up, lr=0.0)
     # bfloat16 has 8 significant bits: half of the last one
     np.testing.assert_allclose(read, table.master(), rtol=2.0**-8, atol=0)
+
+
+def test_sweep_is_chosen_where_a_step_uses_much_of_what_moves() -> None:
+    assert is_for_sweep(500, 1000, 2000)
+    assert not is_for_sweep(300, 1000, 2000)
+    assert not is_for_sweep(1000, 1000, 10**6), "a sweep looks at every row of the table"

@@ -5,89 +5,24 @@ The expensive parts are shared: an unbroken run, and the same run killed, stoppe
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
 import pytest
-from tiny_run import TINY, train_losses
+from tiny_run import train_losses
+from train_program import Ended, Program
 
-ROOT = Path(__file__).parents[2]
 NUM_STEPS = 40
-OVERRIDES = (*TINY, f"training.num_steps={NUM_STEPS}", "checkpoint.every_steps=3")
-
-
-class Ended(NamedTuple):
-    code: int
-    output: str
-    errors: str
-    seconds: float  # between what was done to the program and its end
-    left: list[str]  # processes of the run that are still there
-
-
-class Program:
-    """A started `launch/train.py`. Leaving the block kills what is left of it."""
-
-    def __init__(self, run_dir: Path, corpus: Path, *options: str, launcher: Sequence[str] = (sys.executable,)) -> None:
-        self.run_dir = run_dir
-        command = [*launcher, "launch/train.py", "engram_tiny", *OVERRIDES]
-        self.process = subprocess.Popen(
-            [*command, f"data.corpus={corpus}", f"run_dir={run_dir}", *options],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Program:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.communicate()
-
-    def processes(self) -> list[psutil.Process]:
-        """All processes that name this run folder: launcher and ranks."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if f"run_dir={self.run_dir}" in process.cmdline():
-                    found.append(process)
-        return found
-
-    def rank(self, rank: int) -> psutil.Process:
-        return next(p for p in self.processes() if p.environ().get("RANK") == str(rank))
-
-    def wait_for_step(self, step: int) -> str:
-        """Read the output until `step` was logged."""
-        assert self.process.stdout is not None
-        lines = []
-        for line in self.process.stdout:
-            lines.append(line)
-            if line.startswith(f"step {step:>6}/{NUM_STEPS} | loss"):
-                return "".join(lines)
-        raise AssertionError(f"ended before step {step}: {''.join(lines)}{self.end()}")
-
-    def end(self) -> Ended:
-        started = time.monotonic()
-        output, errors = self.process.communicate(timeout=240)
-        left = [" ".join(process.cmdline()) for process in self.processes()]
-        return Ended(self.process.returncode, output, errors, time.monotonic() - started, left)
+STEPS = (f"training.num_steps={NUM_STEPS}", "checkpoint.every_steps=3")
+RUN = (*STEPS, "--nproc-per-node=2")
 
 
 @pytest.fixture(scope="module")
 def straight(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """The run without an interruption."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    with Program(run_dir, tiny_corpus, "--nproc-per-node=2") as program:
+    with Program(run_dir, tiny_corpus, *RUN) as program:
         return run_dir, program.end()
 
 
@@ -95,7 +30,7 @@ def straight(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def killed(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, Ended]:
     """The same run; rank 1 is killed after step 5. Returns (folder, its pid, the end)."""
     run_dir = tmp_path_factory.mktemp("broken") / "run"
-    with Program(run_dir, tiny_corpus, "--nproc-per-node=2") as program:
+    with Program(run_dir, tiny_corpus, *RUN) as program:
         program.wait_for_step(5)
         victim = program.rank(1)
         victim.kill()
@@ -105,7 +40,7 @@ def killed(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.fixture(scope="module")
 def stopped(tiny_corpus: Path, killed: tuple[Path, int, Ended]) -> Ended:
     """The killed run, resumed, and stopped by SIGTERM some steps later."""
-    with Program(killed[0], tiny_corpus, "--nproc-per-node=2", "--resume") as program:
+    with Program(killed[0], tiny_corpus, *RUN, "--resume") as program:
         program.wait_for_step(8)
         program.process.send_signal(signal.SIGTERM)
         return program.end()
@@ -139,7 +74,7 @@ def test_killed_stopped_and_finished_run_is_the_straight_one(
     tiny_corpus: Path, straight: tuple[Path, Ended], killed: tuple[Path, int, Ended], stopped: Ended
 ) -> None:
     assert stopped.code == 0
-    with Program(killed[0], tiny_corpus, "--nproc-per-node=2", "--resume") as program:
+    with Program(killed[0], tiny_corpus, *RUN, "--resume") as program:
         ended = program.end()
     assert (ended.code, ended.errors) == (0, "")
     assert train_losses(killed[0]) == train_losses(straight[0])
@@ -147,7 +82,7 @@ def test_killed_stopped_and_finished_run_is_the_straight_one(
 
 @pytest.mark.slow
 def test_stop_file_saves_ends_with_0_and_is_removed(tiny_corpus: Path, tmp_path: Path) -> None:
-    with Program(tmp_path / "run", tiny_corpus, "--nproc-per-node=2") as program:
+    with Program(tmp_path / "run", tiny_corpus, *RUN) as program:
         program.wait_for_step(2)
         (tmp_path / "run/STOP").touch()
         ended = program.end()
@@ -158,7 +93,7 @@ def test_stop_file_saves_ends_with_0_and_is_removed(tiny_corpus: Path, tmp_path:
 
 @pytest.mark.slow
 def test_non_finite_loss_is_one_line_with_the_step(tiny_corpus: Path, tmp_path: Path) -> None:
-    with Program(tmp_path / "run", tiny_corpus, "--nproc-per-node=2", "model.init_std=1e400") as program:
+    with Program(tmp_path / "run", tiny_corpus, *RUN, "model.init_std=1e400") as program:
         ended = program.end()
     assert ended.code == 1
     first, second = ended.errors.splitlines()
@@ -169,7 +104,7 @@ def test_non_finite_loss_is_one_line_with_the_step(tiny_corpus: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_one_process_without_a_launcher(tiny_corpus: Path, tmp_path: Path) -> None:
-    with Program(tmp_path / "run", tiny_corpus, "parallel.expert=1") as program:
+    with Program(tmp_path / "run", tiny_corpus, *STEPS, "parallel.expert=1") as program:
         program.wait_for_step(2)
         assert len(program.processes()) == 1
         program.process.send_signal(signal.SIGINT)

@@ -18,6 +18,7 @@ from sharded_tables import Tables, sharded_tables
 from engram_kernels.catch_up import CatchUp
 from engram_megatron import platform
 from engram_megatron.optimizer.row_adam import RowAdam
+from engram_megatron.tables import nvme_rows
 from engram_megatron.tables.host_rows import HostPlacement
 from engram_megatron.tables.nvme_placement import NvmePlacement
 from engram_megatron.tables.row_gradients import RowGradients
@@ -30,8 +31,11 @@ LR, SCALE = 0.02, 0.25
 
 
 def _ids(step: int, rank: int) -> np.ndarray:
-    """[2 microbatches, 24], zipf-like over two thirds of the rows, which change every five steps; sometimes none."""
+    """[2 microbatches, 24], zipf-like over two thirds of the rows, which change every five steps; sometimes none;
+    sometimes half of all rows, so that all are moved."""
     rng = np.random.default_rng(100 * step + rank)
+    if step % 8 == 3:
+        return rng.choice(ROWS, (2, ROWS // 4), replace=False)
     used = 2 * ROWS // 3
     ranked = np.minimum(rng.zipf(1.3, (0 if step % 9 == 5 else 2, 24)), used) - 1
     return (ranked * 37 % used + step // 5 % 3 * 40) % ROWS
@@ -39,6 +43,7 @@ def _ids(step: int, rank: int) -> np.ndarray:
 
 def _trained(rank: int, world_size: int, settings: list[dict[str, Any]]) -> list[list[dict[str, np.ndarray]]]:
     platform.limit_threads(1)  # or waking threads for a few rows takes most of the time
+    nvme_rows.ROWS_AT_ONCE = 50  # or one copy would hold the whole table
     return [_train(rank, world_size, Tables(rows=ROWS, row_dim=DIM, block_rows=BLOCK_ROWS, **s)) for s in settings]
 
 

@@ -127,7 +127,7 @@ def _interleaved(rank: int, world_size: int) -> dict[str, Any]:
         for index in (1, 2, 0):
             losses[index].backward()
         flat = [numbers(p.main_grad).ravel() for p in run.chunks[0].parameters()]
-        gradients[mode] = np.concatenate([*flat, numbers(rows.wait(run.memory.num_waves - 1).gradient).ravel()])
+        gradients[mode] = np.concatenate([*flat, rows.wait(run.memory.num_waves - 1).gradient.on_host().ravel()])
         assert torch.isfinite(torch.from_numpy(gradients[mode])).all()
     return gradients
 

@@ -15,7 +15,13 @@ from engram_megatron.gather.transport.exercise import exercise_pairs
 from engram_megatron.gather.transport.gloo import GlooTransport
 from engram_megatron.gather.transport.groups import TransportKind, all_ranks_transport, group_transport
 from engram_megatron.gather.transport.mpi import MpiTransport
-from engram_megatron.gather.transport.protocol import LoopbackTransport, Member, Transport, TransportError
+from engram_megatron.gather.transport.protocol import (
+    LoopbackTransport,
+    Member,
+    Transport,
+    TransportError,
+    UncheckedTransport,
+)
 
 __all__ = [
     "CheckedTransport",
@@ -28,6 +34,7 @@ __all__ = [
     "Transport",
     "TransportError",
     "TransportKind",
+    "UncheckedTransport",
     "all_ranks_transport",
     "exercise_pairs",
     "group_transport",

@@ -6,7 +6,7 @@ gradient looks like any other.
 
 Beside every exchange each rank sends every other one a checksum of its piece, 8 bytes, and the receiver recomputes it.
 The checksum is a function of the bytes, their positions, both ranks and the number of the exchange, so that a piece
-of another rank, place or step is noticed as well. Counts travel with a checksum each, before memory is taken for them.
+of another rank, place or step is noticed as well. What a rank sends to itself crosses no network and is not checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from engram_kernels.checksum import piece_checksums, piece_seeds
-from engram_megatron.gather.transport.protocol import Member, Transport, TransportError, byte_view, row_bytes
+from engram_megatron.gather.transport.protocol import (
+    Member,
+    TransportError,
+    UncheckedTransport,
+    byte_view,
+    row_bytes,
+)
 
 SHOWN_SOURCES = 4
 
@@ -39,13 +45,13 @@ class CheckedTransport:
 
     `members[r]` is rank r of the transport, for errors and in the checksum.
 
-    Raises, from both exchanges:
+    Raises:
         DamageError: on each rank that received anything else than was sent, naming both ranks. It has taken part in
             the whole exchange. Ranks that received nothing wrong learn of it when they find this one gone.
         TransportError: `inner` failed with a RuntimeError: a timeout, or a rank that is gone.
     """
 
-    def __init__(self, inner: Transport, members: Sequence[Member]) -> None:
+    def __init__(self, inner: UncheckedTransport, members: Sequence[Member]) -> None:
         assert len(members) == inner.size, (len(members), inner.size)
         self.inner = inner
         self.members = tuple(members)
@@ -54,49 +60,39 @@ class CheckedTransport:
         self.num_exchanges = 0
         self._job_ranks = np.array([member.rank for member in members], np.int64)
 
-    def exchange_counts(self, counts: Int64) -> Int64:
-        what, one_each = "row counts", np.ones(self.size, np.int64)
-        self.num_exchanges += 1
-        sealed = np.stack([counts, self._count_checksums(counts, sending=True).view(np.int64)], axis=1)
-        received = self._pass_on(torch.from_numpy(sealed), one_each, one_each, what).numpy()
-        counts, told = np.ascontiguousarray(received[:, 0]), received[:, 1].copy().view(np.uint64)
-        self._compare(told, self._count_checksums(counts, sending=False), one_each * counts.itemsize, what)
-        assert (counts >= 0).all(), counts
-        return counts
-
     def exchange(
-        self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, *, what: str = "rows"
+        self,
+        rows: torch.Tensor,
+        send_counts: Int64,
+        receive_counts: Int64,
+        *,
+        what: str = "rows",
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.num_exchanges += 1
         rows = rows.contiguous()
-        bytes_each = row_bytes(rows)
-        sums = piece_checksums(byte_view(rows), send_counts * bytes_each, self._seeds(sending=True))
-        received = self._pass_on(rows, send_counts, receive_counts, what)
-        told = self._pass_on_checksums(sums, what)
-        sizes = receive_counts * bytes_each
-        self._compare(told, piece_checksums(byte_view(received), sizes, self._seeds(sending=False)), sizes, what)
-        return received
-
-    def _count_checksums(self, counts: Int64, *, sending: bool) -> Checksums:
-        sizes = np.full(self.size, counts.itemsize, np.int64)
-        return piece_checksums(counts.view(np.uint8), sizes, self._seeds(sending=sending))
-
-    def _seeds(self, *, sending: bool) -> Checksums:
-        own = self._job_ranks[self.rank : self.rank + 1]
-        ends = (own, self._job_ranks) if sending else (self._job_ranks, own)
-        return piece_seeds(self.num_exchanges, *ends)
-
-    def _pass_on(self, rows: torch.Tensor, send_counts: Int64, receive_counts: Int64, what: str) -> torch.Tensor:
+        sums = self._checksums(rows, send_counts, sending=True)
         try:
-            return self.inner.exchange(rows, send_counts, receive_counts, what=what)
+            told = self.inner.start_numbers(sums.view(np.int64))
+            received = self.inner.exchange(rows, send_counts, receive_counts, what=what, out=out)
+            sums = told().view(np.uint64)
         except RuntimeError as error:
             raise self._failure(error, what) from error
+        sizes = receive_counts * row_bytes(rows)
+        self._compare(sums, self._checksums(received, receive_counts, sending=False), sizes, what)
+        return received
 
-    def _pass_on_checksums(self, sums: Checksums, what: str) -> Checksums:
-        try:
-            return self.inner.exchange_counts(sums.view(np.int64)).view(np.uint64)
-        except RuntimeError as error:
-            raise self._failure(error, f"checksums of {what}") from error
+    def _checksums(self, rows: torch.Tensor, counts: Int64, *, sending: bool) -> Checksums:
+        """Of the pieces of `rows`, [size]; 0 of this rank's own."""
+        own = self._job_ranks[self.rank : self.rank + 1]
+        ends = (own, self._job_ranks) if sending else (self._job_ranks, own)
+        seeds = piece_seeds(self.num_exchanges, *ends)
+        data, sizes = byte_view(rows), counts * row_bytes(rows)
+        before, after = slice(0, self.rank), slice(self.rank + 1, self.size)
+        sums = np.zeros(self.size, np.uint64)
+        sums[before] = piece_checksums(data[: sizes[before].sum()], sizes[before], seeds[before])
+        sums[after] = piece_checksums(data[data.size - sizes[after].sum() :], sizes[after], seeds[after])
+        return sums
 
     def _failure(self, error: RuntimeError, what: str) -> TransportError:
         reason = " ".join(str(error).split())

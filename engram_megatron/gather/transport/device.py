@@ -6,6 +6,7 @@ Not run on a GPU yet; over gloo with the device "cpu" it is the same code withou
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -35,9 +36,17 @@ class DeviceTransport:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staging = self._host_buffer(0)
 
-    def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        one_each = np.ones(self.size, np.int64)
-        return self.exchange(torch.from_numpy(counts), one_each, one_each, what="counts").numpy()
+    def start_numbers(self, numbers: NDArray[np.int64]) -> Callable[[], NDArray[np.int64]]:
+        with self._on_stream():
+            sent = torch.from_numpy(numbers).to(self.device)
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=self.group)
+
+        def wait() -> NDArray[np.int64]:
+            with self._on_stream():
+                return received.cpu().numpy()
+
+        return wait
 
     def exchange(
         self,
@@ -46,8 +55,9 @@ class DeviceTransport:
         receive_counts: NDArray[np.int64],
         *,
         what: str = "rows",
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As of `Transport`; the result is page-locked where the device is a GPU."""
+        """As of `Transport`; without `out` the result is page-locked where the device is a GPU."""
         assert rows.device.type == "cpu", rows.device
         assert rows.shape[0] == send_counts.sum(), (rows.shape, send_counts)
         bytes_each = row_bytes(rows)
@@ -67,7 +77,8 @@ class DeviceTransport:
             incoming.copy_(received, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return incoming.view(rows.dtype).reshape(int(receive_counts.sum()), *rows.shape[1:])
+        result = incoming.view(rows.dtype).reshape(int(receive_counts.sum()), *rows.shape[1:])
+        return result if out is None else out.copy_(result)
 
     def _stage(self, rows: torch.Tensor) -> torch.Tensor:
         """The bytes of `rows` in page-locked memory, which the next call overwrites."""

@@ -52,7 +52,7 @@ def _exercise(transport: Transport, sizes: Sequence[int], turn: int, distances: 
     receive_counts = np.array([p.size for p in expected], np.int64)
     damaged = np.zeros(transport.size, np.bool_)
     try:
-        damaged |= transport.exchange_counts(send_counts) != receive_counts
+        damaged |= _tell(transport, send_counts) != receive_counts
     except DamageError as error:
         damaged[list(error.sources)] = True
     rows = torch.from_numpy(np.concatenate(outgoing))
@@ -67,11 +67,11 @@ def _exercise(transport: Transport, sizes: Sequence[int], turn: int, distances: 
 
 
 def _tell_all(transport: Transport, damaged: NDArray[np.bool_]) -> None:
-    """Raise on all ranks for what any of them found. Each tells of one source only: a count has room for no more."""
+    """Raise on all ranks for what any of them found. Each tells of one source only."""
     found = int(np.flatnonzero(damaged)[0]) if damaged.any() else -1
     try:
         # what goes over a damaged network may be damaged too: then this raises as well
-        sources = transport.exchange_counts(np.full(transport.size, found + 1, np.int64)) - 1
+        sources = _tell(transport, np.full(transport.size, found + 1, np.int64)) - 1
     except DamageError as error:
         raise TransportError(f"the exchange of known bytes between all pairs of ranks failed: {error}") from error
     pairs = [f"from {_name(transport, int(s))} to {_name(transport, r)}" for r, s in enumerate(sources) if s >= 0]
@@ -81,6 +81,12 @@ def _tell_all(transport: Transport, damaged: NDArray[np.bool_]) -> None:
             f"other bytes arrive than are sent {', '.join(pairs[:SHOWN_PAIRS])}{more}: repair or leave out these hosts "
             "or their network, or choose another transport"
         )
+
+
+def _tell(transport: Transport, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    one_each = np.ones(transport.size, np.int64)
+    told: NDArray[np.int64] = transport.exchange(torch.from_numpy(numbers), one_each, one_each, what="counts").numpy()
+    return told
 
 
 def _name(transport: Transport, rank: int) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+
+from engram_megatron.gather.transport.protocol import result_tensor
 
 
 class GlooTransport:
@@ -21,9 +25,15 @@ class GlooTransport:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
 
-    def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        one_each = np.ones(self.size, np.int64)
-        return self.exchange(torch.from_numpy(counts), one_each, one_each, what="counts").numpy()
+    def start_numbers(self, numbers: NDArray[np.int64]) -> Callable[[], NDArray[np.int64]]:
+        received = torch.empty(self.size, dtype=torch.int64, device="cpu")
+        work = dist.all_to_all_single(received, torch.from_numpy(numbers), group=self.group, async_op=True)
+
+        def wait() -> NDArray[np.int64]:
+            work.wait()
+            return received.numpy()
+
+        return wait
 
     def exchange(
         self,
@@ -32,10 +42,11 @@ class GlooTransport:
         receive_counts: NDArray[np.int64],
         *,
         what: str = "rows",
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert rows.device.type == "cpu", rows.device
         assert rows.shape[0] == send_counts.sum(), (rows.shape, send_counts)
-        received = torch.empty((int(receive_counts.sum()), *rows.shape[1:]), dtype=rows.dtype, device="cpu")
+        received = result_tensor(rows, int(receive_counts.sum()), out)
         dist.all_to_all_single(
             received, rows.contiguous(), receive_counts.tolist(), send_counts.tolist(), group=self.group
         )

@@ -16,7 +16,7 @@ from engram_megatron.gather.transport.checked import CheckedTransport
 from engram_megatron.gather.transport.device import DeviceTransport
 from engram_megatron.gather.transport.gloo import GlooTransport
 from engram_megatron.gather.transport.mpi import MpiTransport, world_communicator
-from engram_megatron.gather.transport.protocol import LoopbackTransport, Member, Transport
+from engram_megatron.gather.transport.protocol import LoopbackTransport, Member, Transport, UncheckedTransport
 
 TransportKind = Literal["gloo", "mpi", "nccl"]
 
@@ -77,11 +77,11 @@ def _agree_on_kind(kind: TransportKind, world_rank: int, world_size: int) -> Any
     return world
 
 
-def _mpi(world: Any, groups: Sequence[Sequence[int]], mine: int, timeout_s: float) -> Transport:
+def _mpi(world: Any, groups: Sequence[Sequence[int]], mine: int, timeout_s: float) -> UncheckedTransport:
     return MpiTransport(world.Split(color=mine, key=list(groups[mine]).index(world.Get_rank())), timeout_s)
 
 
-def _torch(kind: TransportKind, groups: Sequence[Sequence[int]], mine: int, timeout_s: float) -> Transport:
+def _torch(kind: TransportKind, groups: Sequence[Sequence[int]], mine: int, timeout_s: float) -> UncheckedTransport:
     # torch wants every rank to make every group, in the same order.
     backend = "nccl" if kind == "nccl" else "gloo"
     made = [dist.new_group(list(g), backend=backend, timeout=timedelta(seconds=timeout_s)) for g in groups]

@@ -6,6 +6,7 @@ been started by mpirun, or by srun with an MPI plugin.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from engram_megatron.errors import UsageError
-from engram_megatron.gather.transport.protocol import TransportError, byte_view, row_bytes
+from engram_megatron.gather.transport.protocol import TransportError, byte_view, result_tensor, row_bytes
 from engram_megatron.gather.transport.watchdog import Watchdog
 
 MAX_COUNT = 2**31 - 1  # MPI's C int, in which an exchange's rows are counted
@@ -35,9 +36,16 @@ class MpiTransport:
         self.size: int = communicator.Get_size()
         self._watchdog = Watchdog(timeout_s)
 
-    def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        one_each = np.ones(self.size, np.int64)
-        return self.exchange(torch.from_numpy(counts), one_each, one_each, what="counts").numpy()
+    def start_numbers(self, numbers: NDArray[np.int64]) -> Callable[[], NDArray[np.int64]]:
+        received = np.empty(self.size, np.int64)
+        request = self.communicator.Ialltoall(numbers, received)
+
+        def wait() -> NDArray[np.int64]:
+            with self._watchdog.watch(f"rank {self.rank} of {self.size}: the exchange of numbers over MPI"):
+                request.Wait()
+            return received
+
+        return wait
 
     def exchange(
         self,
@@ -46,6 +54,7 @@ class MpiTransport:
         receive_counts: NDArray[np.int64],
         *,
         what: str = "rows",
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As of `Transport`. Raises `TransportError` for more than 2^31 - 1 rows in or out."""
         assert rows.device.type == "cpu", rows.device
@@ -55,7 +64,7 @@ class MpiTransport:
                 f"{rows.shape[0]} {what} out and {int(receive_counts.sum())} in are more than MPI counts in one "
                 f"exchange ({MAX_COUNT}); use fewer tokens per step and rank, or the gloo transport"
             )
-        received = torch.empty((int(receive_counts.sum()), *rows.shape[1:]), dtype=rows.dtype, device="cpu")
+        received = result_tensor(rows, int(receive_counts.sum()), out)
         row_type = _row_type(row_bytes(rows))
         try:
             with self._watchdog.watch(f"rank {self.rank} of {self.size}: the exchange of {what} over MPI"):

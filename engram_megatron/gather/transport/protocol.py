@@ -4,6 +4,7 @@ those with nothing to send. A transport may be driven from a thread of its own, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,9 +35,6 @@ class Transport(Protocol):
     rank: int
     size: int
 
-    def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """counts[r] goes to rank r; the result's entry r came from rank r. Both int64 [size]."""
-
     def exchange(
         self,
         rows: torch.Tensor,
@@ -44,10 +42,19 @@ class Transport(Protocol):
         receive_counts: NDArray[np.int64],
         *,
         what: str = "rows",
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`rows` [sum(send_counts), ...] goes out in pieces of `send_counts[r]` to rank r; the result
-        [sum(receive_counts), ...] holds what came from rank 0, 1, ... one after another. Counts may be zero. Errors
-        call the rows `what`."""
+        [sum(receive_counts), ...] holds what came from rank 0, 1, ... one after another: in `out`, contiguous, where it
+        is given. Counts may be zero. Errors call the rows `what`."""
+
+
+class UncheckedTransport(Transport, Protocol):
+    """A transport as the network gives it, which `CheckedTransport` wraps."""
+
+    def start_numbers(self, numbers: NDArray[np.int64]) -> Callable[[], NDArray[np.int64]]:
+        """Begin to send numbers[r] (int64 [size]) to rank r, beside the exchange that follows; the result, called after
+        that exchange, waits for what came from all ranks, int64 [size]."""
 
 
 class LoopbackTransport:
@@ -56,9 +63,6 @@ class LoopbackTransport:
     rank = 0
     size = 1
 
-    def exchange_counts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        return counts.copy()
-
     def exchange(
         self,
         rows: torch.Tensor,
@@ -66,9 +70,20 @@ class LoopbackTransport:
         receive_counts: NDArray[np.int64],
         *,
         what: str = "rows",
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert send_counts.tolist() == receive_counts.tolist() == [rows.shape[0]]
-        return rows
+        return rows if out is None else out.copy_(rows)
+
+
+def result_tensor(rows: torch.Tensor, num_rows: int, out: torch.Tensor | None) -> torch.Tensor:
+    """Where `num_rows` rows like those of `rows` are received: `out`, or a new tensor."""
+    shape = (num_rows, *rows.shape[1:])
+    if out is None:
+        return torch.empty(shape, dtype=rows.dtype, device="cpu")
+    assert (tuple(out.shape), out.dtype) == (shape, rows.dtype), (out.shape, out.dtype, shape, rows.dtype)
+    assert out.is_contiguous(), out.stride()
+    return out
 
 
 def row_bytes(rows: torch.Tensor) -> int:
