@@ -19,6 +19,7 @@ from engram_megatron.benchmarks.measure import Candidate, Comparison
 from engram_megatron.benchmarks.row_ids import WINDOW
 from engram_megatron.benchmarks.row_kernels import LOOKUPS, NUM_BATCHES, ROW_DIM, ROW_KINDS, TABLE_BYTES, Setting
 from engram_megatron.benchmarks.row_limits import dense_sweep, read_modify_write
+from engram_megatron.gather.buffers import BufferPool
 
 BETAS, EPS, LR = (0.9, 0.95), 1e-20, 1e-3
 PAST_STEPS = 200  # in which the rows of a table in use had their last gradients
@@ -75,10 +76,11 @@ def _update(setting: Setting, kind: str, dtype: np.dtype[Any]) -> list[Compariso
     rows = itertools.cycle([unique_rows(next(batches))[0] for _ in range(NUM_BATCHES)])
     parameter = torch.nn.Parameter(torch.full((table.num_rows, ROW_DIM), 0.02))
     optimizer = torch.optim.SparseAdam([parameter], lr=LR, betas=BETAS, eps=EPS)
+    pool = BufferPool()  # as the lookup's
     weight_bits = table.weight.view(np.uint16 if dtype == SPLIT else np.uint32)
 
     def ours() -> None:
-        summed = sum_pieces(next(batches), [gradients])
+        summed = sum_pieces(next(batches), [gradients], pool.empty)
         update_rows(table, summed.rows, summed.sums, catch_up, LR)
         catch_up.advance(LR)
 
@@ -159,12 +161,12 @@ def _whole_path(setting: Setting, kind: str, dtype: np.dtype[Any]) -> Comparison
     starts = itertools.cycle(range(0, len(setting.text.tokens) - PATH_WINDOWS, PATH_WINDOWS))
     lookups = PATH_WINDOWS * WINDOW * int(setting.text.hasher.row_offsets_LH.size)
     gradients = np.full((lookups, ROW_DIM), 1e-3, np.float32)
-    out = np.zeros((lookups, ROW_DIM), dtype)
+    out, pool = np.zeros((lookups, ROW_DIM), dtype), BufferPool()
 
     def step() -> None:
         rows, _ = unique_rows(setting.text.rows(lookups, PATH_ROWS, skip=next(starts)))
         read_rows(table, rows, out[: rows.size], catch_up)
-        summed = sum_pieces(rows, [gradients[: rows.size]])
+        summed = sum_pieces(rows, [gradients[: rows.size]], pool.empty)
         update_rows(table, summed.rows, summed.sums, catch_up, LR)
         catch_up.advance(LR)
 

@@ -1,6 +1,6 @@
 """What the kernels of `row_adam` do to one row; the equations stand there.
 
-`halves`: the records as int16 [n, 2S], whose columns from 4D on complete bfloat16 weights; None where they are whole.
+`halves`: the records as int16 [n, 2S], whose last D columns complete bfloat16 weights; None where they are whole.
 `work` [3, D]: the weights, and room for the moments, of one row. numba keeps compiled callers of these functions when
 only this file changes: delete `__pycache__/row_adam*.nb?` then.
 """
@@ -39,6 +39,12 @@ def prefetch_row(array: Any, row: Any) -> None:
     prefetch_bytes(np.intp(array.ctypes.data) + row * stride, stride)
 
 
+@njit(nogil=True, cache=True, inline="always")
+def remainder_column(halves: Any, row_dim: Any, column: Any) -> Any:
+    # Unsigned: a difference may be negative to the compiler, which then looks at every index and cannot vectorise.
+    return np.uint64(halves.shape[1] - row_dim) + np.uint64(column)
+
+
 @njit(nogil=True, cache=True)
 def load_row(weight: Any, halves: Any, row: Any, work: Any) -> None:
     """The trained weights of `row` to work[0]."""
@@ -46,7 +52,7 @@ def load_row(weight: Any, halves: Any, row: Any, work: Any) -> None:
         if halves is None:
             work[0, column] = weight[row, column]
         else:
-            work[0, column] = whole(weight[row, column], halves[row, 4 * work.shape[1] + column])
+            work[0, column] = whole(weight[row, column], halves[row, remainder_column(halves, work.shape[1], column)])
 
 
 @njit(nogil=True, cache=True)
@@ -56,7 +62,7 @@ def store_row(weight: Any, halves: Any, row: Any, work: Any) -> None:
             weight[row, column] = work[0, column]
         else:
             weight[row, column] = high_half(work[0, column])
-            halves[row, 4 * work.shape[1] + column] = low_half(work[0, column])
+            halves[row, remainder_column(halves, work.shape[1], column)] = low_half(work[0, column])
 
 
 @njit(nogil=True, cache=True)
@@ -142,6 +148,6 @@ def adam_in_place(weight: Any, halves: Any, state: Any, row: Any, gradients: Any
         if halves is None:
             weight[row, column] -= movement
         else:
-            moved = whole(weight[row, column], halves[row, 4 * row_dim + column]) - movement
+            moved = whole(weight[row, column], halves[row, remainder_column(halves, row_dim, column)]) - movement
             weight[row, column] = high_half(moved)
-            halves[row, 4 * row_dim + column] = low_half(moved)
+            halves[row, remainder_column(halves, row_dim, column)] = low_half(moved)

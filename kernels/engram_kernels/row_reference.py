@@ -1,6 +1,7 @@
-"""The definition of Adam on table rows, in plain numpy: every row of the table in every step, one step after another.
+"""The definition of Adam and of balanced momentum on table rows, in plain numpy: every row of the table in every step,
+one step after another.
 
-`row_adam` is tested against these. Precision is that of the arrays given; float64 for comparisons.
+`row_adam` and `row_sinkhorn` are tested against these. Precision is that of the arrays given; float64 for comparisons.
 """
 
 from __future__ import annotations
@@ -72,3 +73,40 @@ def _adam(
     denominator = np.sqrt(v) / math.sqrt(1 - beta2**table.step) + eps
     denominator[denominator == 0] = 1  # moments of zero without eps
     table.weight[index] -= lr / (1 - beta1**table.step) * m / denominator
+
+
+@dataclass(eq=False)
+class MomentumRows:
+    """A whole table with its momentum, both [n, D]."""
+
+    weight: NDArray[Any]
+    momentum: NDArray[Any]
+
+    @classmethod
+    def start(cls, weight: NDArray[Any]) -> MomentumRows:
+        return cls(weight.copy(), np.zeros_like(weight))
+
+
+def sinkhorn_step(
+    table: MomentumRows,
+    rows: NDArray[np.int64],
+    gradients: NDArray[Any],
+    lr: float,
+    scale: float,
+    *,
+    beta: float,
+    num_steps: int,
+    threshold: float,
+    update_rms: float,
+) -> None:
+    """One step of DeepSeek-V4.1's Algorithm 1 with gradient * scale on `rows` and zero on all others."""
+    gradient = np.zeros_like(table.weight)
+    gradient[rows] = gradients * scale
+    table.momentum = beta * table.momentum + (1 - beta) * gradient
+    balanced = beta * table.momentum + (1 - beta) * gradient
+    norms = np.linalg.norm(balanced, axis=1)
+    balanced[norms <= threshold * norms.mean()] = 0
+    for number in range(num_steps):
+        norms = np.linalg.norm(balanced, axis=1 - number % 2, keepdims=True)
+        balanced = np.divide(balanced, norms, out=np.zeros_like(balanced), where=norms > 0)
+    table.weight -= lr * update_rms * math.sqrt(table.weight.shape[1]) * balanced
