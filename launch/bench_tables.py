@@ -18,7 +18,7 @@ import numba
 import torch
 
 from engram_data.errors import CorpusError
-from engram_megatron.benchmarks import huge_tables, node_tables, table_memory, table_training
+from engram_megatron.benchmarks import huge_tables, node_tables, nvme_tables, table_memory, table_training
 from engram_megatron.benchmarks.measure import table
 from engram_megatron.benchmarks.row_ids import SAMPLE, read_tokens
 from engram_megatron.benchmarks.row_kernels import Setting, distinct, gather, hash_rows
@@ -27,8 +27,9 @@ from engram_megatron.errors import UsageError
 from engram_megatron.layouts.forked_ranks import run_ranks
 
 SECTIONS = (hash_rows, distinct, gather, read, update, update_or_sweep, whole_path)
-# Those on several ranks, which print lines of their own.
-RANK_SECTIONS: dict[str, Callable[[Setting], Iterator[str]]] = {
+# Those on several ranks or on a disk, which print lines of their own.
+OTHER_SECTIONS: dict[str, Callable[[Setting], Iterator[str]]] = {
+    "nvme": lambda setting: nvme_tables.lines(setting.text),
     "nodes": lambda setting: node_tables.lines(setting.text, NODE_ROWS, run_ranks),
     "training": lambda setting: table_training.lines(setting.num_threads, run_ranks),
     "memory": lambda setting: table_memory.lines(run_ranks),
@@ -41,7 +42,7 @@ MAX_TOKENS = 2_000_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=SAMPLE, metavar="PATH", help=".jsonl or .txt, plain, .xz or .gz")
-    names = [section.__name__ for section in SECTIONS] + list(RANK_SECTIONS)
+    names = [section.__name__ for section in SECTIONS] + list(OTHER_SECTIONS)
     parser.add_argument("--only", choices=names, action="append", help="a part of the comparisons; may be repeated")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), metavar="N")
     parser.add_argument("--repeats", type=int, default=25, metavar="N", help="rounds whose median is taken")
@@ -62,7 +63,7 @@ def main() -> int:
     for section in SECTIONS:
         if arguments.only is None or section.__name__ in arguments.only:
             print("\n" + table(section(setting)), flush=True)
-    for name, lines in RANK_SECTIONS.items():
+    for name, lines in OTHER_SECTIONS.items():
         if arguments.only is None or name in arguments.only:
             print(flush=True)
             for line in lines(setting):

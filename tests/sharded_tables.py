@@ -12,6 +12,7 @@ from engram_megatron.gather.lookup import RowLookup
 from engram_megatron.gather.topology import Topology
 from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.row_layout import RowLayout
+from engram_megatron.tables.row_store import Placement
 from engram_megatron.tables.table_shard import TableShard
 
 
@@ -26,7 +27,7 @@ class Tables:
     ranks_per_node: int = 1
     transport: Any = "gloo"
     num_waves: int = 1
-    commit: Any = "eager"
+    placement: Placement | None = None  # None: in memory
     touched_only: bool = False
     eps: float = 1e-20
     seed: int = 5
@@ -38,7 +39,7 @@ def sharded_tables(tables: Tables, rank: int = 0, world_size: int = 1) -> tuple[
         platform.limit_threads(1)  # or the idle threads of all ranks keep each other from the cores
     topology = Topology(rank, world_size // tables.ranks_per_node, tables.ranks_per_node)
     layout = RowLayout(tables.rows, tables.block_rows, world_size, topology.num_nodes)
-    shard = TableShard(layout, rank, tables.row_dim, tables.dtype, commit=tables.commit)
+    shard = TableShard(layout, rank, tables.row_dim, tables.dtype, placement=tables.placement)
     shard.initialize(tables.seed, std=1.0)
     shards = open_node_shards(shard, topology)
     for other in shards:

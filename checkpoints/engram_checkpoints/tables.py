@@ -29,10 +29,11 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from engram_kernels.row_state import RowState
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.row_layout import Block
-from engram_megatron.tables.table_shard import InitialRows, TableShard
+from engram_megatron.tables.table_shard import InitialRows, TableShard, without_history
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,12 +94,13 @@ def write_shard(path: Path, shard: TableShard) -> None:
     }
     for block in shard.layout.blocks(shard.shard):
         span, local = slice(block.start, block.stop), np.arange(block.local.start, block.local.stop)
-        last_step = shard.rows.last_step[block.local]
+        last_step = shard.last_step[block.local]
         arrays[LAST_STEP][span] = last_step
         if shard.initial is None or last_step.any():
-            arrays[WEIGHT][span] = shard.masters(local)
-            arrays["exp_avg"][span] = shard.rows.exp_avg[block.local]
-            arrays["exp_avg_sq"][span] = shard.rows.exp_avg_sq[block.local]
+            rows = shard.exact(local)
+            arrays[WEIGHT][span] = rows.weight
+            arrays["exp_avg"][span] = rows.exp_avg
+            arrays["exp_avg_sq"][span] = rows.exp_avg_sq
 
 
 def load_shard(path: Path, adam: RowAdam, *, weights_only: bool = False) -> None:
@@ -117,8 +119,7 @@ def load_shard(path: Path, adam: RowAdam, *, weights_only: bool = False) -> None
             f"tables.commit = lazy makes rows from the seed until they are updated, but those of {path} were started "
             "from another checkpoint (checkpoint.init_from); set tables.commit=eager"
         )
-    if shard.commit == "eager":
-        shard.memory.commit()
+    shard.take_space()
     adam.catch_up.replay(source.learning_rates())
     shard.initial = source.initial
     shard.touched_rows = 0
@@ -128,27 +129,23 @@ def load_shard(path: Path, adam: RowAdam, *, weights_only: bool = False) -> None
         if weights_only:
             local = np.arange(block.local.start, block.local.stop)
             as_of = adam.catch_up if source.catches_up else None
-            shard.rows.set_master(local, shard.finished_masters(local, as_of))
-            shard.rows.forget_steps(block.local)
+            shard.write(local, without_history(shard.finished_masters(local, as_of)))
     if weights_only:
         shard.initial, shard.touched_rows = None, 0
         adam.catch_up.replay(np.empty(0))
 
 
 def _load_piece(source: _Source, shard: TableShard, piece: Block) -> None:
-    """Rows of one stored chunk; a lazy shard takes those that ever had a gradient."""
+    """Rows of one stored chunk; a shard that makes rows from the seed takes those that ever had a gradient."""
     last_step = source.read(LAST_STEP, piece)
-    shard.rows.last_step[piece.local] = last_step
     shard.touched_rows += int(np.count_nonzero(last_step))
     if source.initial is not None and not last_step.any():
-        if shard.commit == "eager":
-            shard.set_initial(piece)
+        shard.set_initial(piece)
         return
-    rows = np.flatnonzero(last_step) if shard.commit == "lazy" else np.arange(piece.num_rows)
-    local = rows + piece.local_start
-    shard.rows.set_master(local, source.read(WEIGHT, piece)[rows])
-    shard.rows.exp_avg[local] = source.read("exp_avg", piece)[rows]
-    shard.rows.exp_avg_sq[local] = source.read("exp_avg_sq", piece)[rows]
+    rows = np.flatnonzero(last_step) if shard.makes_rows else np.arange(piece.num_rows)
+    moments = np.concatenate([source.read(name, piece)[rows] for name in MOMENTS], axis=1)
+    weights = source.read(WEIGHT, piece)[rows]
+    shard.write(rows + piece.local_start, RowState(weights, moments, last_step[rows]))
 
 
 def _open_for(path: Path, shard: TableShard) -> Any:

@@ -88,11 +88,15 @@ class RowLookup:
         asked = self.groups.rail.exchange(ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids").numpy()
         self._check_requests(asked, asked_NW.sum(axis=1))
         arrivals = self._arrivals(plan, requests)
-        received = self._shared.share(self._shared.empty(self._rows_shape(int(counts_NW.sum())), self._stored))
+        received = self._shared.share(self._shared.empty(self._rows_shape(int(counts_NW.sum())), self.shard.stored))
         route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals, received)
         reads = plan_reads(plan, arrivals, self.layout, self.topology.node, self.num_waves)
         statistics = self._statistics(plan, route)
-        stored = self._pool.empty(self._rows_shape(plan.unique_rows.size), self._stored)
+        self.shard.read_ahead(self.layout.local_index(asked))
+        for shard, *reads_of_waves in zip(self.shards, *reads, strict=True):
+            for wave in reads_of_waves:
+                shard.read_ahead(wave.local_rows)
+        stored = self._pool.empty(self._rows_shape(plan.unique_rows.size), self.shard.stored)
         return UniqueRows(plan, route, reads, statistics, stored, self.shard.dtype, self._shared.empty)
 
     def fetch(self, rows: UniqueRows, wave: int) -> None:
@@ -131,17 +135,13 @@ class RowLookup:
         values = [received_RD[:before], summed_MD[own], received_RD[before:]]
         return RowGradients.summed(self.layout.local_index(keys), values, self._pool.empty)
 
-    @property
-    def _stored(self) -> np.dtype[Any]:
-        return self.shard.rows.weight.dtype
-
     def _rows_shape(self, num_rows: int) -> tuple[int, int]:
         return num_rows, self.shard.row_dim
 
     def _statistics(self, plan: GatherPlan, route: Route) -> GatherStatistics:
         """What the gather of a step, with the return of its gradients, moves on this rank."""
         asks, asked = int(route.counts_NW.sum()), int(route.asked_NW.sum())
-        row_bytes = self.shard.row_dim * self.shard.rows.weight.itemsize
+        row_bytes = self.shard.row_dim * self.shard.stored.itemsize
         gradient_bytes = self.shard.row_dim * self.shard.wide.itemsize
         return GatherStatistics(
             lookups=plan.inverse.size,
@@ -183,7 +183,7 @@ class RowLookup:
         if self.topology.num_nodes == 1:
             return
         served = np.concatenate([route.asked[piece] for piece in route.asked_pieces(wave)])
-        outgoing = self._pool.empty(self._rows_shape(served.size), self._stored)
+        outgoing = self._pool.empty(self._rows_shape(served.size), self.shard.stored)
         self.shard.read(self.layout.local_index(served), self.catch_up, outgoing)
         counts = route.counts_NW[:, wave]
         first = int(route.counts_NW[:, :wave].sum())

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engram_megatron.config import RunConfig
-from engram_megatron.config_tables import row_bytes
 from engram_megatron.model.activation_memory import activation_bytes, passes_in_flight
 from engram_megatron.model.counts import TensorSpec
 from engram_megatron.model.placement import (
@@ -37,6 +37,7 @@ class RankMemory:
     activations: int  # estimate, all microbatches in flight
     passes_in_flight: int  # a number, not bytes: microbatches times chunks
     host_tables: int  # rows with their moments and last steps, in host memory
+    disk_tables: int  # rows with their moments in files, where tables.placement = nvme
 
     @property
     def device(self) -> int:
@@ -69,6 +70,7 @@ def rank_memory(
         masters += 0 if weight_bytes(spec, config) >= FLOAT32_BYTES else held * share * FLOAT32_BYTES
         states += held * share * state_values(spec) * wide
     microbatches = config.training.num_microbatches(config.parallel.data(world_size))
+    table_bytes = rank_table_bytes(config, world_size)
     return RankMemory(
         weights=weights,
         gradients=gradients,
@@ -76,17 +78,21 @@ def rank_memory(
         optimizer_state=round(states),
         activations=activation_bytes(config, pipeline_rank, microbatches),
         passes_in_flight=passes_in_flight(config, pipeline_rank, microbatches),
-        host_tables=rank_table_rows(config, world_size) * _table_row_bytes(config),
+        host_tables=table_bytes.host,
+        disk_tables=table_bytes.disk,
     )
 
 
-def job_table_bytes(config: RunConfig, world_size: int) -> int:
-    """Host memory of the tables and their moments over all ranks, padding of the last blocks included."""
-    return world_size * rank_table_rows(config, world_size) * _table_row_bytes(config)
+class TableBytes(NamedTuple):
+    """Bytes of tables and their moments: in memory, and in files."""
+
+    host: int
+    disk: int
 
 
-def _table_row_bytes(config: RunConfig) -> int:
-    """Bytes of one table row with its moments."""
+def rank_table_bytes(config: RunConfig, world_size: int) -> TableBytes:
+    """Of each rank, padding of the last blocks included; times `world_size`: of the job."""
     if config.engram is None:
-        return 0
-    return row_bytes(config.engram.row_dim, config.tables.dtype)
+        return TableBytes(0, 0)
+    shape = rank_table_rows(config, world_size), config.engram.row_dim
+    return TableBytes(config.tables.memory_bytes(*shape), config.tables.disk_bytes(*shape))

@@ -65,8 +65,18 @@ class RowAdam:
         )
 
     def _move(self, local_rows: NDArray[np.int64], gradients: NDArray[Any], lr: float, scale: float) -> None:
-        rows, touched = self.shard.rows, self.shard.touched_rows
-        if not self.touched_only and is_for_sweep(local_rows.size, touched, self.shard.num_rows):
-            sweep_rows(rows, local_rows, gradients, self.catch_up, lr, scale)
-        else:
-            update_rows(rows, local_rows, gradients, self.catch_up, lr, scale, touched_only=self.touched_only)
+        shard, catch_up = self.shard, self.catch_up
+        if not self.touched_only and is_for_sweep(local_rows.size, shard.touched_rows, shard.num_rows):
+            for part in shard.sweeping(local_rows):
+                sweep_rows(part.table, part.places, gradients[part.order], catch_up, lr, scale)
+            return
+        for part in shard.updating(local_rows):
+            update_rows(
+                part.table,
+                part.places,
+                gradients[part.order],
+                catch_up,
+                lr,
+                scale,
+                touched_only=self.touched_only,
+            )

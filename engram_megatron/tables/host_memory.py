@@ -12,23 +12,21 @@ from engram_megatron.errors import UsageError
 from engram_megatron.tables.row_layout import RowLayout
 
 GIB = 1024**3
-
-
 PAGE_BYTES = 4096
 
 
 def touched_bytes(touched_rows: int, num_rows: int, row_dim: int, dtype: DType) -> int:
-    """Host memory of `num_rows` rows of which `touched_rows` were ever updated, the others never written.
-
-    Rows lie anywhere, so each takes whole pages of its own of every array, until all pages are taken.
-    """
+    """Host memory of `num_rows` rows of which `touched_rows` were ever updated, the others never written."""
     weight_bytes = DTYPE_BYTES[dtype] * row_dim
     state_bytes = row_bytes(row_dim, dtype) - weight_bytes - LAST_STEP_BYTES
-    pages = 0
-    for size in (weight_bytes, state_bytes, LAST_STEP_BYTES):
-        per_row = 1 + -(-size // PAGE_BYTES)  # a row may lie across the border of two pages
-        pages += min(touched_rows * per_row, -(-num_rows * size // PAGE_BYTES))
-    return pages * PAGE_BYTES
+    return sum(scattered_bytes(touched_rows, num_rows, size) for size in (weight_bytes, state_bytes, LAST_STEP_BYTES))
+
+
+def scattered_bytes(count: int, num_pieces: int, size: int) -> int:
+    """What `count` of `num_pieces` pieces of `size` bytes take in whole pages: they lie anywhere, so each takes pages
+    of its own, until all pages are taken."""
+    per_piece = 1 + -(-size // PAGE_BYTES)  # a piece may lie across the border of two pages
+    return min(count * per_piece, -(-num_pieces * size // PAGE_BYTES)) * PAGE_BYTES
 
 
 def check_host_memory(
@@ -43,16 +41,28 @@ def check_host_memory(
     num_rows = layout.num_local_rows(0)
     if touched_rows is None:
         of_shard, kind = num_rows * row_bytes(row_dim, dtype), "all rows"
-        cure = "use more hosts, lower engram.rows_per_head or engram.memory_dim, or set tables.commit=lazy"
+        cure = (
+            "use more hosts, lower engram.rows_per_head or engram.memory_dim, or set tables.placement=nvme or "
+            "tables.commit=lazy"
+        )
     else:
         of_shard = touched_bytes(min(touched_rows, num_rows), num_rows, row_dim, dtype)
-        kind, cure = f"the {min(touched_rows, num_rows)} rows of each that are expected to be updated", "use more hosts"
-    needed, free = shards_on_host * of_shard, available_bytes()
+        kind = f"the {min(touched_rows, num_rows)} rows of each that are expected to be updated,"
+        cure = "use more hosts, or set tables.placement=nvme"
+    kind += f" of {row_dim} columns, {dtype} weights and two Adam moments, {row_bytes(row_dim, dtype)} bytes a row"
+    check_room(layout, shards_on_host, of_shard, available_bytes(), place="of host memory", kind=kind, cure=cure)
+
+
+def check_room(
+    layout: RowLayout, shards_on_host: int, of_shard: int, free: int, *, place: str, kind: str, cure: str
+) -> None:
+    """Raise `UsageError` where `shards_on_host` shards of `of_shard` bytes need more than the `free` bytes of a
+    `place`. `kind`: which rows of a shard, and what a row is; `cure`: what to change."""
+    needed = shards_on_host * of_shard
     if needed > free:
         raise UsageError(
-            f"Engram tables need {needed / GIB:.2f} GiB of host memory here ({kind}; {shards_on_host} of "
-            f"{layout.num_shards} shards of {layout.total_rows} rows x {row_dim} columns, {dtype} weights and two Adam "
-            f"moments, {row_bytes(row_dim, dtype)} bytes a row), {free / GIB:.2f} GiB are free; {cure}"
+            f"Engram tables need {needed / GIB:.2f} GiB {place} here ({kind}; {shards_on_host} of {layout.num_shards} "
+            f"shards of {layout.total_rows} rows), {free / GIB:.2f} GiB are free; {cure}"
         )
 
 

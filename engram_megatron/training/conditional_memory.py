@@ -41,6 +41,7 @@ from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.pipeline_layout import chunk_memory_layers, pipeline_layout
 from engram_megatron.optimizer.row_adam import RowAdam
 from engram_megatron.tables.expected_rows import expected_touched_rows
+from engram_megatron.tables.placement import placement_of
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.tables.table_shard import TableShard
@@ -95,8 +96,8 @@ class ConditionalMemory:
         `on_failure` is called with what went wrong in the tables' thread, as it does (see `Worker`).
 
         Raises:
-            UsageError: the host's memory does not hold its shards, nodes differ in size, or ranks of a node cannot open
-                each other's memory.
+            UsageError: the host's memory or disk does not hold its shards, nodes differ in size, or ranks of a node
+                cannot open each other's memory.
             TransportError: other bytes arrive between two ranks than were sent.
         """
         assert config.engram is not None
@@ -113,8 +114,7 @@ class ConditionalMemory:
             ranks.rank,
             config.engram.row_dim,
             self.tables.dtype,
-            commit=self.tables.commit,
-            huge_pages=self.tables.huge_pages,
+            placement=placement_of(self.tables),
             shards_on_host=shards_on_host,
             touched_rows=expected_touched_rows(config, layout),
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from engram_megatron.config import RunConfig
 from engram_megatron.model.counts import TensorSpec
-from engram_megatron.model.memory import RankMemory, job_table_bytes, rank_memory
+from engram_megatron.model.memory import RankMemory, rank_memory, rank_table_bytes
 from engram_megatron.model.pipeline_balance import FLOPS_PER_BYTE, model_costs
 from engram_megatron.model.pipeline_layout import chunk_memory_layers, pipeline_layout
 from engram_megatron.model.pipeline_schedule import idle_share
@@ -57,6 +57,8 @@ def memory_text(config: RunConfig, world_size: int) -> str:
         "device in all": lambda m: m.device,
         "host tables with moments": lambda m: m.host_tables,
     }
+    if config.tables.placement == "nvme":
+        kinds["tables on NVMe with moments"] = lambda m: m.disk_tables
     shown = _shown_ranks([m.device for m in memories])
     rows = [_header(shown)]
     rows += [[kind, *(byte_count(value(memories[rank])) for rank in shown)] for kind, value in kinds.items()]
@@ -79,7 +81,9 @@ def memory_text(config: RunConfig, world_size: int) -> str:
         + recomputed[config.training.recompute],
     ]
     if config.engram is not None:
-        lines.append(f"Host tables of the whole job: {byte_count(job_table_bytes(config, world_size))}.")
+        host, disk = (byte_count(world_size * size) for size in rank_table_bytes(config, world_size))
+        on_disk = f"; on NVMe: {disk}" if config.tables.placement == "nvme" else ""
+        lines.append(f"Host tables of the whole job: {host}{on_disk}.")
     return "\n".join(lines)
 
 

@@ -21,8 +21,9 @@ from engram_megatron.model.layout_rules import check_layout
 from engram_megatron.optimizer.schedule import learning_rate_schedule
 from engram_megatron.overrides import from_dict
 from engram_megatron.tables.expected_rows import expected_touched_rows
-from engram_megatron.tables.host_memory import check_host_memory
+from engram_megatron.tables.placement import placement_of
 from engram_megatron.tables.row_layout import RowLayout
+from engram_megatron.tables.row_store import RowFormat
 from engram_megatron.training.run_folder import RunFolder
 from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume, check_tokenizer
 
@@ -47,8 +48,8 @@ def check_start(config: RunConfig, num_ranks: int, *, resume: bool) -> None:
     if config.engram is not None and inputs.hasher is not None:
         tables = config.tables
         layout = RowLayout(inputs.hasher.total_rows, tables.block_rows, num_ranks)
-        touched_rows = expected_touched_rows(config, layout) if tables.commit == "lazy" else None
-        check_host_memory(layout, config.engram.row_dim, tables.dtype, num_ranks, touched_rows)
+        row_format = RowFormat(config.engram.row_dim, tables.dtype)
+        placement_of(tables).check(layout, row_format, num_ranks, expected_touched_rows(config, layout))
 
 
 def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:

@@ -78,11 +78,6 @@ class RowState:
         """View [n, D] int16 of the remainders; None where the weights are whole."""
         return self.state.view(np.int16)[:, -self.row_dim :] if self.is_split else None
 
-    def forget_steps(self, rows: slice) -> None:
-        """Make `rows` rows that never had a gradient; their weights stay as they are."""
-        self.state[rows, : self.moments * self.row_dim] = 0
-        self.last_step[rows] = 0
-
     def master(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[Any]:
         """A copy [k, D] of the weights of `rows` in the precision in which they are trained: float32 or float64."""
         remainder = self.remainder
@@ -95,6 +90,17 @@ class RowState:
             self.weight[rows] = values
         else:
             self.weight[rows], remainder[rows] = split(values)
+
+    def exact(self, rows: slice | NDArray[np.int64] = slice(None)) -> RowState:
+        """A copy of `rows` whose weights are those of `master`; without remainders, therefore."""
+        moments = self.state[rows, : self.moments * self.row_dim].copy()
+        return RowState(self.master(rows), moments, self.last_step[rows].copy())
+
+    def set_exact(self, rows: slice | NDArray[np.int64], values: RowState) -> None:
+        """Write to `rows` what `exact` gives."""
+        self.set_master(rows, values.weight)
+        self.state[rows, : self.moments * self.row_dim] = values.state
+        self.last_step[rows] = values.last_step
 
 
 def compute_dtype(weight_dtype: DTypeLike) -> np.dtype[Any]:
@@ -116,6 +122,15 @@ def row_bytes(weight_dtype: DTypeLike, row_dim: int, moments: int = 2) -> int:
     """Host memory of one row: weight, record and last step."""
     record = state_width(weight_dtype, row_dim, moments) * compute_dtype(weight_dtype).itemsize
     return row_dim * np.dtype(weight_dtype).itemsize + record + np.dtype(np.int32).itemsize
+
+
+def empty_rows(num_rows: int, row_dim: int, weight_dtype: DTypeLike, moments: int = 2) -> RowState:
+    """Rows to be written, with any content."""
+    return RowState(
+        np.empty((num_rows, row_dim), weight_dtype),
+        np.empty((num_rows, state_width(weight_dtype, row_dim, moments)), compute_dtype(weight_dtype)),
+        np.empty(num_rows, np.int32),
+    )
 
 
 def zero_rows(num_rows: int, row_dim: int, weight_dtype: DTypeLike, moments: int = 2) -> RowState:

@@ -1,6 +1,7 @@
 """A checkpoint of the tables must give every layout the same rows, and never give wrong ones silently."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from engram_checkpoints.tables import LAST_STEP, MOMENTS, WEIGHT, create, load_s
 from engram_kernels.catch_up import CatchUp
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_adam import RowAdam
+from engram_megatron.tables.host_rows import HostPlacement
+from engram_megatron.tables.nvme_placement import NvmePlacement
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.row_init import fill_initial_rows
 from engram_megatron.tables.row_layout import RowLayout
+from engram_megatron.tables.row_store import Placement
 from engram_megatron.tables.table_shard import TableShard
 
 ROWS, DIM, BLOCK_ROWS = 230, 6, 16  # 15 blocks, the last one short
@@ -22,10 +26,14 @@ Table = dict[str, np.ndarray]
 
 
 def _adam(
-    shard: int, num_shards: int, block_rows: int = BLOCK_ROWS, dtype: str = "float32", commit: str = "eager"
+    shard: int,
+    num_shards: int,
+    block_rows: int = BLOCK_ROWS,
+    dtype: str = "float32",
+    placement: Placement | None = None,
 ) -> RowAdam:
     layout = RowLayout(ROWS, block_rows, num_shards)
-    return RowAdam(TableShard(layout, shard, DIM, dtype, commit=commit), CatchUp(0.9, 0.95, 1e-20))
+    return RowAdam(TableShard(layout, shard, DIM, dtype, placement=placement), CatchUp(0.9, 0.95, 1e-20))
 
 
 def _train(adam: RowAdam, steps: range) -> None:
@@ -48,10 +56,9 @@ def _table(adams: list[RowAdam]) -> Table:
         shard = adam.shard
         for block in shard.layout.blocks(shard.shard):
             rows = slice(block.start, block.stop)
-            table[WEIGHT][rows] = shard.masters(np.arange(block.local.start, block.local.stop))
-            table["exp_avg"][rows] = shard.rows.exp_avg[block.local]
-            table["exp_avg_sq"][rows] = shard.rows.exp_avg_sq[block.local]
-            table[LAST_STEP][rows] = shard.rows.last_step[block.local]
+            exact = shard.exact(np.arange(block.local.start, block.local.stop))
+            table[WEIGHT][rows], table[LAST_STEP][rows] = exact.weight, exact.last_step
+            table["exp_avg"][rows], table["exp_avg_sq"][rows] = exact.exp_avg, exact.exp_avg_sq
     return table
 
 
@@ -98,7 +105,7 @@ def own(tmp_path: Path) -> Path:
     return _save(tmp_path / "tables.zarr", _never_saved(range(5)))
 
 
-def _never_saved(steps: range, **options: str) -> RowAdam:
+def _never_saved(steps: range, **options: Any) -> RowAdam:
     adam = _adam(0, 1, **options)
     adam.shard.initialize(seed=0, std=1.0)
     _train(adam, steps)
@@ -155,18 +162,65 @@ def test_bfloat16_and_float32_tables_read_each_others_saves(tmp_path: Path) -> N
     _assert_same(_table([loaded]), _table([theirs]))
 
 
-@pytest.mark.parametrize("commit", ["eager", "lazy"])
-def test_lazy_tables_go_on_as_eager_ones(tmp_path: Path, commit: str) -> None:
-    path = _save(tmp_path / "t.zarr", _never_saved(range(5), commit="lazy"))
-    loaded = _adam(0, 1, commit=commit)
-    load_shard(path, loaded)
-    _train(loaded, range(5, 8))
-    _assert_same(_table([loaded]), _table([_never_saved(range(8))]))
+def _placements(disk: Path) -> list[Placement]:
+    """In memory and in files, where every update moves rows between memory and file."""
+    return [
+        placement
+        for commit in ("eager", "lazy")
+        for placement in (
+            HostPlacement(commit=commit),
+            NvmePlacement(folder=str(disk), hot_fraction=0.05, commit=commit),
+        )
+    ]
 
 
-def test_lazy_tables_cannot_start_from_other_weights(saved: Path) -> None:
-    with pytest.raises(UsageError, match=r"set tables\.commit=eager"):
-        load_shard(saved, _adam(0, 1, commit="lazy"), weights_only=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_tables_of_every_placement_go_on_as_those_of_every_other(tmp_path: Path, disk: Path, dtype: str) -> None:
+    expected_then, expected = (_table([_never_saved(range(steps), dtype=dtype)]) for steps in (5, 8))
+    for number, placement in enumerate(_placements(disk)):
+        trained = _never_saved(range(5), dtype=dtype, placement=placement)
+        path = _save(tmp_path / f"{number}.zarr", trained)
+        for other in _placements(disk):
+            loaded = _adam(0, 1, dtype=dtype, placement=other)
+            load_shard(path, loaded)
+            _assert_same(_table([loaded]), expected_then)
+            _train(loaded, range(5, 8))
+            _assert_same(_table([loaded]), expected)
+            assert loaded.shard.touched_rows == trained.shard.touched_rows == 200
+
+
+def test_all_placements_save_the_same_files(tmp_path: Path, disk: Path) -> None:
+    def files(number: int, placement: Placement) -> dict[str, bytes]:
+        path = _save(tmp_path / f"{number}.zarr", _never_saved(range(5), placement=placement))
+        return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+    first, *others = (files(number, placement) for number, placement in enumerate(_placements(disk)))
+    assert all(other == first for other in others)
+
+
+def test_tables_in_files_start_from_other_weights_and_go_on_from_there(saved: Path, tmp_path: Path, disk: Path) -> None:
+    """Then no row is what the seed says, whether it had a gradient or not."""
+    nvme, host = NvmePlacement(folder=str(disk), hot_fraction=0.05), HostPlacement()
+    adams = [_adam(0, 1, placement=placement) for placement in (nvme, host)]
+    for adam in adams:
+        load_shard(saved, adam, weights_only=True)
+    _assert_same(*(_table([adam]) for adam in adams))
+    for adam in adams:
+        _train(adam, range(3))
+    _assert_same(*(_table([adam]) for adam in adams))
+    for number, adam in enumerate(adams):
+        path = _save(tmp_path / f"{number}.zarr", adam)
+        again = [_adam(0, 1, placement=placement) for placement in (nvme, host)]
+        for loaded in again:
+            load_shard(path, loaded)
+            _train(loaded, range(3, 6))
+        _assert_same(*(_table([loaded]) for loaded in again))
+
+
+def test_lazy_tables_cannot_start_from_other_weights(saved: Path, disk: Path) -> None:
+    for placement in (HostPlacement(commit="lazy"), NvmePlacement(folder=str(disk), commit="lazy")):
+        with pytest.raises(UsageError, match=r"set tables\.commit=eager"):
+            load_shard(saved, _adam(0, 1, placement=placement), weights_only=True)
 
 
 def test_each_block_is_one_file_and_plain_zarr_reads_the_table(saved: Path) -> None:

@@ -109,6 +109,11 @@ def refused(
         (["data.sequence_length=1000000"], ["1000001", "shorter sequence"]),
         (["engram.rows_per_head=2000000000000"], ["GiB of host memory", "are free", "engram.rows_per_head"]),
         (["checkpoint.init_from=/no/such/checkpoint"], ["/no/such/checkpoint", "not a complete checkpoint"]),
+        (["tables.placement=nvme"], ["tables.placement = nvme", "tables.nvme_dir=PATH"]),
+        (["tables.nvme_dir=/data"], ["tables.nvme_dir = /data", "tables.placement=nvme"]),
+        (["tables.hot_fraction=0"], ["tables.hot_fraction = 0.0", "(0, 1]"]),
+        (["tables.placement=nvme", "tables.nvme_dir=/no/such/disk"], ["nvme_dir = /no/such/disk does not exist"]),
+        (["tables.placement=nvme", "tables.nvme_dir=/dev/shm"], ["nvme_dir = /dev/shm lies in memory (tmpfs)"]),
         (["run_dir=/dev/null"], ["/dev/null", "not a folder"]),
         (["run_dir=/dev/null/run"], ["/dev/null", "not a folder"]),
     ],
@@ -131,6 +136,15 @@ def test_tables_of_the_40b_do_not_fit_a_small_host(refused: Refused, monkeypatch
     # The paper's 18.53e9 table parameters in rows of 80, each 3 * 80 * 4 + 1 bytes: weight, two moments, a flag.
     assert f"need {18.534e9 / 80 * 964 / 1024**3:.2f} GiB" in line
     assert "64.00 GiB are free" in line
+
+
+def test_tables_that_do_not_fit_the_disk(refused: Refused, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: shutil._ntuple_diskusage(0, 0, 10 * 1024**3))  # type: ignore[attr-defined]
+    line = refused("tables.placement=nvme", f"tables.nvme_dir={disk}", "engram.rows_per_head=50000000")
+    # 4 heads of 50 million rows, each 8 * 12 bytes
+    assert f"need {4 * 5e7 * 96 / 1024**3:.2f} GiB on the disk of tables.nvme_dir = {disk}" in line
+    assert "10.00 GiB are free" in line
+    assert list(disk.iterdir()) == []
 
 
 def test_corpus_that_was_not_finished(refused: Refused, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tiny_shapes import tiny_shapes
 from engram_megatron.config import ParallelConfig, RunConfig
 from engram_megatron.model.activation_memory import chunk_activation_bytes
 from engram_megatron.model.counts import TensorSpec, count_parameters, parameter_specs
-from engram_megatron.model.memory import RankMemory, job_table_bytes, rank_memory
+from engram_megatron.model.memory import RankMemory, rank_memory, rank_table_bytes
 from engram_megatron.model.placement import rank_elements, rank_table_rows, specs_on
 from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import dense_4b, engram_27b, moe_27b
@@ -75,7 +75,7 @@ def test_tables_are_dealt_in_blocks_over_every_rank() -> None:
     row_bytes = 80 * (2 + 2 + 8) + 4  # weight and its rest, two moments, last step
     assert rank_memory(config, 64, 0, _one_value).host_tables % (config.tables.block_rows * row_bytes) == 0
     # 72.4M rows of 964 bytes; the last blocks of 64 ranks may add 64 * 4096 rows, 0.4 %
-    assert job_table_bytes(config, 64) == pytest.approx(72404232 * row_bytes, rel=4e-3)
+    assert 64 * rank_table_bytes(config, 64).host == pytest.approx(72404232 * row_bytes, rel=4e-3)
     assert rank_table_rows(config, 1) == 72404232
     assert rank_memory(moe_27b(), 64, 0, _one_value).host_tables == 0
 

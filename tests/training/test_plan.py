@@ -84,6 +84,17 @@ def test_layout_shows_one_column_per_stage_and_names_its_traffic() -> None:
     assert "context" not in traffic  # a kind that the layout does not have
 
 
+def test_tables_on_nvme_are_counted_on_the_disk_and_their_hot_rows_in_memory() -> None:
+    overrides = ["tables.placement=nvme", "tables.nvme_dir=/data", "tables.hot_fraction=0.1"]
+    text = describe(apply_overrides(preset("engram_27b"), overrides), 8)
+    # 72,404,232 rows of 960 bytes, 69.5e9; a tenth of them with 13 bytes more and 9 bytes for each, 7.70e9
+    assert "Host tables of the whole job: 7.17 GiB; on NVMe: 64.75 GiB." in text
+    lines = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in _section(text, "Memory per rank")}
+    assert lines["host tables with moments"] == "0.90 GiB"
+    assert lines["tables on NVMe with moments"] == "8.09 GiB"
+    assert "tables on NVMe" not in describe(preset("engram_27b"), 8)
+
+
 def test_pipeline_section_shows_every_chunk_and_a_layout_that_can_be_configured() -> None:
     config = apply_overrides(preset("engram_27b"), ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])
     lines = _section(describe(config, 2), "Pipeline")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from tiny_run import Start, backbone, finished_weights, metrics, run_starts, tables, tiny_config, train_losses
 
+from engram_megatron.overrides import apply_overrides
+
 pytestmark = pytest.mark.usefixtures("runs")
 
 
@@ -102,6 +104,28 @@ def test_init_from_takes_weights_and_tables_and_nothing_else(runs: tuple[Path, l
     assert not started_rows["exp_avg"].any()
     assert not started_rows["exp_avg_sq"].any()
     assert started_rows["step_count"] == 0
+
+
+def test_tables_may_move_to_a_disk_and_back_at_a_resume(
+    runs: tuple[Path, list[Any]], tiny_corpus: Path, disk: Path, tmp_path: Path
+) -> None:
+    """Two steps on a disk, with less than twenty rows of a rank in memory, two in memory, two on a disk again."""
+    host = tiny_config(tiny_corpus, tmp_path / "run", "checkpoint.every_steps=0")
+    nvme = ["tables.placement=nvme", f"tables.nvme_dir={disk}", "tables.hot_fraction=0.02"]
+    starts = [
+        Start(apply_overrides(host, nvme), stop_after=2),
+        Start(host, resume=True, stop_after=2),
+        Start(apply_overrides(host, nvme), resume=True),
+    ]
+    summaries = run_starts(starts)[0]
+    assert [summary.step for summary in summaries] == [2, 4, 6]
+    expected = runs[0] / "straight"
+    assert train_losses(tmp_path / "run") == train_losses(expected)
+    assert summaries[-1].last_validation_loss == runs[1][0].last_validation_loss
+    ours, theirs = (tables(folder / "checkpoints/step_00000006") for folder in (tmp_path / "run", expected))
+    for name in ("weight", "exp_avg", "exp_avg_sq", "last_step"):
+        np.testing.assert_array_equal(ours[name], theirs[name], strict=True)
+    assert list(disk.iterdir()) == []
 
 
 def test_incomplete_checkpoint_is_ignored_and_replaced(tiny_corpus: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,19 @@ OPTIONS = {
     "touched": ("tables.update=touched",),
     "bfloat16": ("tables.dtype=bfloat16",),
 }
+NVME = ("tables.placement=nvme", "tables.hot_fraction=0.05")
+NVME_OPTIONS = {  # each as the option without "nvme"
+    "nvme eager": NVME,
+    "nvme apart": (*NVME, "tables.ranks_per_node=1", "tables.commit=lazy"),
+    "nvme touched": (*NVME, *OPTIONS["touched"]),
+    "nvme bfloat16": (*NVME, *OPTIONS["bfloat16"]),
+}
 
 
-def _train(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+def _train(rank: int, world_size: int, nvme_dir: Path) -> dict[str, dict[str, Any]]:
     found = {}
-    for name, overrides in OPTIONS.items():
+    in_files = {name: (*overrides, f"tables.nvme_dir={nvme_dir}") for name, overrides in NVME_OPTIONS.items()}
+    for name, overrides in (OPTIONS | in_files).items():
         run = build_small_run(small_run_config("float32", overrides), rank, world_size)
         before, losses = finished_table(run.memory), []
         for step in range(STEPS):
@@ -36,7 +45,7 @@ def _train(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
             "rows": layout.global_row(rank, np.arange(run.memory.shard.num_rows)),
             "before": before,
             "after": finished_table(run.memory),
-            "last_step": run.memory.shard.rows.last_step.copy(),
+            "last_step": run.memory.shard.last_step.copy(),
             "resident": run.memory.shard.memory.resident_bytes(),
             "metrics": run.trainer.metrics(
                 run.trainer.train_step(
@@ -50,8 +59,8 @@ def _train(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, dict[str, Any]]]:
-    return run_ranks(_train, 2)
+def found(disk_folders: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(_train, 2, disk_folders.mktemp("nvme"))
 
 
 def _table(found: list[dict[str, dict[str, Any]]], name: str, which: str = "after") -> np.ndarray[Any, Any]:
@@ -66,6 +75,14 @@ def test_lazy_tables_are_eager_ones_to_the_bit_and_take_what_was_touched(
         assert found[0][lazy]["losses"] == found[0][eager]["losses"]
         np.testing.assert_array_equal(_table(found, lazy), _table(found, eager))
     assert found[0]["lazy"]["resident"] < found[0]["eager"]["resident"]
+
+
+@pytest.mark.parametrize("name", NVME_OPTIONS)
+def test_tables_on_nvme_are_those_in_memory_to_the_bit(found: list[dict[str, dict[str, Any]]], name: str) -> None:
+    in_memory = name.removeprefix("nvme ")
+    assert found[0][name]["losses"] == found[0][in_memory]["losses"]
+    for which in ("before", "after", "last_step"):
+        np.testing.assert_array_equal(_table(found, name, which), _table(found, in_memory, which))
 
 
 def test_nodes_change_rounding_only(found: list[dict[str, dict[str, Any]]]) -> None:
