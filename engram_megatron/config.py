@@ -334,7 +334,6 @@ class RunConfig:
         if self.engram is not None:
             self.engram.validate(self.model.num_layers)
             self.tables.validate(self.engram.row_dim)
-            self._validate_table_optimizer()
         self.parallel.validate()
         self.optimizer.validate()
         self.data.validate()
@@ -346,12 +345,3 @@ class RunConfig:
                 not absent.get(module, False),
                 f"training.recompute_modules = {','.join(self.training.recompute_modules)}: this model has no {module}",
             )
-
-    def _validate_table_optimizer(self) -> None:
-        if self.optimizer.tables == "adam":
-            return
-        check(
-            self.tables.update == "dense",
-            "tables.update = touched is Adam's: with optimizer.tables = sinkhorn rows with momentum move in every "
-            "step: set tables.update=dense",
-        )

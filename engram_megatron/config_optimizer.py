@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
 
 from engram_megatron.config_fields import check
 
@@ -29,18 +28,11 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-20
     table_learning_rate_multiplier: float = 5.0
-    # Of the tables. sinkhorn: Nesterov momentum whose rows and columns are balanced (DeepSeek-V4.1's report, Algorithm
-    # 1); 8 bytes per parameter in place of 12, and passes over all rows that ever had a gradient in every step
-    tables: Literal["adam", "sinkhorn"] = "adam"
+    # Of tables.update = sinkhorn (DeepSeek-V4.1's report, Algorithm 1): momentum whose rows and columns are balanced
     sinkhorn_momentum: float = 0.95
     sinkhorn_steps: int = 11  # over rows and columns in turn, the first and the last over rows
     sinkhorn_row_threshold: float = 1e-3  # rows of at most this many mean norms stand still
     sinkhorn_update_rms: float = 0.18
-
-    @property
-    def table_moments(self) -> int:
-        """Numbers that the tables' optimizer keeps of each weight."""
-        return 1 if self.tables == "sinkhorn" else 2
 
     def validate(self) -> None:
         check(

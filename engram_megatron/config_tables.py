@@ -11,17 +11,17 @@ from engram_megatron.config_fields import DType, check, free
 LAST_STEP_BYTES = 4
 INDEX_BYTES = LAST_STEP_BYTES + 4 + 1  # in memory of every row on NVMe: last step, place among the hot ones, past uses
 HOT_ROW_BYTES = 8 + 1  # of every place for a hot row, beside the row: which row it is, and its uses
-BYTES_PER_PARAMETER = {"bfloat16": 12, "float32": 12, "float64": 24}  # weight (and remainder), two moments
+EXACT_BYTES = {"bfloat16": 4, "float32": 4, "float64": 8}  # of a weight with its remainder, and of a moment
 
 
-def row_bytes(row_dim: int, dtype: DType) -> int:
-    """Host memory of one row of the tables: weight, moments, the step of its last gradient."""
-    return row_dim * BYTES_PER_PARAMETER[dtype] + LAST_STEP_BYTES
+def row_bytes(row_dim: int, dtype: DType, moments: int = 2) -> int:
+    """Host memory of one row of the tables: weight, moments, the step as of which it stands."""
+    return record_bytes(row_dim, dtype, moments) + LAST_STEP_BYTES
 
 
-def record_bytes(row_dim: int, dtype: DType) -> int:
-    """Disk space of one row on NVMe: weight and moments."""
-    return row_dim * BYTES_PER_PARAMETER[dtype]
+def record_bytes(row_dim: int, dtype: DType, moments: int = 2) -> int:
+    """A row's weight and moments."""
+    return row_dim * EXACT_BYTES[dtype] * (1 + moments)
 
 
 def hot_rows(num_rows: int, hot_fraction: float) -> int:
@@ -57,8 +57,9 @@ class TablesConfig:
     ranks_per_node: int = free(0)
     # Between nodes. mpi: mpi4py, under mpirun or srun. nccl: through the GPUs
     transport: Literal["gloo", "mpi", "nccl"] = free("gloo")
-    # dense: Adam as on one dense weight, in which rows move on after their gradient. touched: only rows with a gradient
-    update: Literal["dense", "touched"] = "dense"
+    # dense: Adam as on one dense weight, in which rows move on after their gradient. touched: Adam on rows with a
+    # gradient only. sinkhorn: balanced momentum (DeepSeek-V4.1), one moment, optimizer.sinkhorn_*
+    update: Literal["dense", "touched", "sinkhorn"] = "dense"
     # A step's rows come in this many waves: microbatches 0, 1, ... one by one, all others in the last
     waves: int = free(2)
     # Planning, fetching and updating run beside the model in a thread of their own; the numbers are the same
@@ -79,17 +80,27 @@ class TablesConfig:
             self.placement == "nvme" or self.nvme_dir == "",
             f"tables.nvme_dir = {self.nvme_dir} needs tables.placement=nvme; set both or none",
         )
+        check(
+            self.placement == "host" or self.update != "sinkhorn",
+            "tables.update = sinkhorn passes over all rows several times a step, which no disk keeps up with: set "
+            "tables.placement=host or tables.update=dense",
+        )
         check(0 < self.hot_fraction <= 1, f"tables.hot_fraction = {self.hot_fraction} must lie in (0, 1]")
         check(
             self.dtype != "bfloat16" or row_dim % 2 == 0,
             f"tables.dtype = bfloat16 needs rows of an even width, engram.memory_dim gives {row_dim} columns",
         )
 
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimizer keeps of each weight."""
+        return 1 if self.update == "sinkhorn" else 2
+
     def memory_bytes(self, num_rows: int, row_dim: int) -> int:
         """Host memory of a shard of `num_rows` with all of it in use."""
         if self.placement == "nvme":
             return nvme_memory_bytes(num_rows, hot_rows(num_rows, self.hot_fraction), row_dim, self.dtype)
-        return num_rows * row_bytes(row_dim, self.dtype)
+        return num_rows * row_bytes(row_dim, self.dtype, self.moments)
 
     def disk_bytes(self, num_rows: int, row_dim: int) -> int:
         """Disk space of a shard of `num_rows` with all of it in use."""

@@ -99,7 +99,7 @@ def small_hasher(config: RunConfig) -> Any:
 def finished_table(memory: Any) -> np.ndarray[Any, Any]:
     """This rank's rows as the updates so far have left them."""
     memory.finish()
-    table: np.ndarray[Any, Any] = memory.shard.finished(memory.adam.read_as_of)
+    table: np.ndarray[Any, Any] = memory.shard.finished(memory.optimizer.read_as_of)
     return table
 
 

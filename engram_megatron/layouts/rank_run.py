@@ -64,7 +64,7 @@ class SmallRun:
         layout, shard = self.memory.lookup.layout, self.memory.shard
         self.memory.finish()
         rows = layout.global_row(self.ranks.rank, np.arange(shard.num_rows))
-        return Rows(rows, shard.finished(self.memory.adam.read_as_of))
+        return Rows(rows, shard.finished(self.memory.optimizer.read_as_of))
 
     def gradients(self, scale: float) -> dict[str, Shard]:
         """The reduced gradients by global name, times `scale`, copied. Collective."""

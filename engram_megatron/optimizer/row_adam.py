@@ -7,7 +7,6 @@ of the table moves all of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,9 @@ from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.row_adam import is_for_sweep, sweep_rows, update_rows
+from engram_megatron.optimizer.row_optimizer import LastUpdate, UpdateSample
 from engram_megatron.tables.row_gradients import RowGradients
 from engram_megatron.tables.table_shard import TableShard
-
-SAMPLED_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class LastUpdate:
-    """What the last step did on this shard: how many rows it updated, and the sums of squares of a sample's updates and
-    weights."""
-
-    rows: int = 0
-    update_square: float = 0.0
-    weight_square: float = 0.0
 
 
 class RowAdam:
@@ -43,26 +31,33 @@ class RowAdam:
         self.last_update = LastUpdate()
 
     @property
+    def rule(self) -> str:
+        return "touched" if self.touched_only else "dense"
+
+    @property
     def read_as_of(self) -> CatchUp | None:
-        """What rows are read as of (`TableShard.read`): with touched rows only, the others have nothing to catch up."""
+        """None with touched rows only: the others have nothing to catch up."""
         return None if self.touched_only else self.catch_up
 
-    def step(self, row_gradients: RowGradients, lr: float, gradient_scale: float = 1.0) -> None:
-        """Move the shard by one step of Adam with the gradients times `gradient_scale` (clipping, 1 / tokens).
+    @property
+    def learning_rates(self) -> NDArray[np.float64]:
+        return self.catch_up.learning_rates[1:]
 
-        Rows that are not in `row_gradients` have a zero gradient. A step to be skipped is one not to call.
-        """
+    @property
+    def step_count(self) -> int:
+        return self.catch_up.step
+
+    def restore(self, learning_rates: NDArray[np.float64]) -> None:
+        self.catch_up.replay(learning_rates)
+
+    def step(self, row_gradients: RowGradients, lr: float, gradient_scale: float = 1.0) -> None:
+        """As of `RowOptimizer`; not collective."""
         local_rows = row_gradients.local_rows
-        sample = local_rows[:: max(1, local_rows.size // SAMPLED_ROWS)]
-        before = self.shard.finished_masters(sample, self.read_as_of)
+        sample = UpdateSample(self.shard, local_rows, self.read_as_of)
         self.shard.touch(local_rows)
         self._move(local_rows, row_gradients.gradients, lr, gradient_scale)
         self.catch_up.advance(lr)
-        self.last_update = LastUpdate(
-            rows=local_rows.size,
-            update_square=float(np.square(self.shard.masters(sample) - before, dtype=np.float64).sum()),
-            weight_square=float(np.square(before, dtype=np.float64).sum()),
-        )
+        self.last_update = sample.after()
 
     def _move(self, local_rows: NDArray[np.int64], gradients: NDArray[Any], lr: float, scale: float) -> None:
         shard, catch_up = self.shard, self.catch_up

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 from engram_megatron.config_fields import DTYPE_BYTES, DType
-from engram_megatron.config_tables import LAST_STEP_BYTES, row_bytes
+from engram_megatron.config_tables import LAST_STEP_BYTES, record_bytes, row_bytes
 from engram_megatron.errors import UsageError
 from engram_megatron.tables.row_layout import RowLayout
 
@@ -15,10 +15,10 @@ GIB = 1024**3
 PAGE_BYTES = 4096
 
 
-def touched_bytes(touched_rows: int, num_rows: int, row_dim: int, dtype: DType) -> int:
+def touched_bytes(touched_rows: int, num_rows: int, row_dim: int, dtype: DType, moments: int = 2) -> int:
     """Host memory of `num_rows` rows of which `touched_rows` were ever updated, the others never written."""
     weight_bytes = DTYPE_BYTES[dtype] * row_dim
-    state_bytes = row_bytes(row_dim, dtype) - weight_bytes - LAST_STEP_BYTES
+    state_bytes = record_bytes(row_dim, dtype, moments) - weight_bytes
     return sum(scattered_bytes(touched_rows, num_rows, size) for size in (weight_bytes, state_bytes, LAST_STEP_BYTES))
 
 
@@ -30,7 +30,12 @@ def scattered_bytes(count: int, num_pieces: int, size: int) -> int:
 
 
 def check_host_memory(
-    layout: RowLayout, row_dim: int, dtype: DType, shards_on_host: int, touched_rows: int | None = None
+    layout: RowLayout,
+    row_dim: int,
+    dtype: DType,
+    shards_on_host: int,
+    touched_rows: int | None = None,
+    moments: int = 2,
 ) -> None:
     """Raise `UsageError` where this host has not enough free memory for `shards_on_host` shards of `layout`.
 
@@ -38,18 +43,19 @@ def check_host_memory(
     memory is taken at the start.
     """
     # Shard 0 is never smaller than another: every rank judges its host by the same number.
-    num_rows = layout.num_local_rows(0)
+    num_rows, of_row = layout.num_local_rows(0), row_bytes(row_dim, dtype, moments)
     if touched_rows is None:
-        of_shard, kind = num_rows * row_bytes(row_dim, dtype), "all rows"
+        of_shard, kind = num_rows * of_row, "all rows"
         cure = (
             "use more hosts, lower engram.rows_per_head or engram.memory_dim, or set tables.placement=nvme or "
             "tables.commit=lazy"
         )
     else:
-        of_shard = touched_bytes(min(touched_rows, num_rows), num_rows, row_dim, dtype)
+        of_shard = touched_bytes(min(touched_rows, num_rows), num_rows, row_dim, dtype, moments)
         kind = f"the {min(touched_rows, num_rows)} rows of each that are expected to be updated,"
         cure = "use more hosts, or set tables.placement=nvme"
-    kind += f" of {row_dim} columns, {dtype} weights and two Adam moments, {row_bytes(row_dim, dtype)} bytes a row"
+    kept = "two Adam moments" if moments == 2 else "momentum"
+    kind += f" of {row_dim} columns, {dtype} weights and {kept}, {of_row} bytes a row"
     check_room(layout, shards_on_host, of_shard, available_bytes(), place="of host memory", kind=kind, cure=cure)
 
 

@@ -29,8 +29,8 @@ class HostPlacement:
 
     def check(self, layout: RowLayout, row_format: RowFormat, shards_on_host: int, touched_rows: int) -> None:
         """Raise `UsageError` where the memory does not suffice."""
-        row_dim, dtype = row_format.row_dim, row_format.dtype
-        check_host_memory(layout, row_dim, dtype, shards_on_host, touched_rows if self.commit == "lazy" else None)
+        row_dim, dtype, touched = row_format.row_dim, row_format.dtype, touched_rows if self.commit == "lazy" else None
+        check_host_memory(layout, row_dim, dtype, shards_on_host, touched, row_format.moments)
 
     def create(self, num_rows: int, row_format: RowFormat) -> HostRows:
         """Nothing is resident before it is written or `commit` is called."""

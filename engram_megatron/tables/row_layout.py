@@ -9,8 +9,8 @@ local rows are numbered without holes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -94,6 +94,10 @@ class RowLayout:
         last = self._turn(shard) + (owned - 1) * self.num_shards
         missing = max(0, (last + 1) * self.block_rows - self.total_rows)
         return owned * self.block_rows - missing
+
+    def local_starts(self, shard: int, rows: Sequence[int]) -> list[int]:
+        """For each of `rows` (0 .. total_rows) how many rows before it `shard` stores: its own come in their order."""
+        return [replace(self, total_rows=row).num_local_rows(shard) if row > 0 else 0 for row in rows]
 
     def blocks(self, shard: int) -> Iterator[Block]:
         """The shard's blocks in the order in which it stores them."""

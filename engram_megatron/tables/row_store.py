@@ -31,6 +31,7 @@ class RowFormat:
 
     row_dim: int
     dtype: DType
+    moments: int = 2  # numbers that the optimizer keeps of each weight
 
     @property
     def stored(self) -> np.dtype[Any]:
@@ -44,7 +45,7 @@ class RowFormat:
 
     @property
     def state_width(self) -> int:
-        return state_width(self.stored, self.row_dim)
+        return state_width(self.stored, self.row_dim, self.moments)
 
     def specs(self, num_rows: int) -> list[ArraySpec]:
         """Shape and type of each array of a `RowState` of `num_rows`."""

@@ -49,7 +49,8 @@ class ShardHandle:
         layout = self.layout
         return (
             f"{layout.total_rows} rows of {self.format.row_dim} {self.format.dtype} numbers in blocks of "
-            f"{layout.block_rows} over {layout.num_shards} ranks on {layout.num_nodes} nodes, {self.placement}"
+            f"{layout.block_rows} over {layout.num_shards} ranks on {layout.num_nodes} nodes, {self.placement}, "
+            f"{self.format.moments} moments"
         )
 
 
@@ -72,10 +73,11 @@ class TableShard:
         dtype: DType = "float32",
         *,
         placement: Placement | None = None,
+        moments: int = 2,
         shards_on_host: int = 1,
         touched_rows: int = 0,
     ) -> None:
-        placement, row_format = placement or HostPlacement(), RowFormat(row_dim, dtype)
+        placement, row_format = placement or HostPlacement(), RowFormat(row_dim, dtype, moments)
         placement.check(layout, row_format, shards_on_host, touched_rows)
         self._place(layout, shard, placement, placement.create(layout.num_local_rows(shard), row_format))
 
@@ -116,6 +118,11 @@ class TableShard:
     @property
     def dtype(self) -> DType:
         return self.store.format.dtype
+
+    @property
+    def moments(self) -> int:
+        """Numbers that the optimizer keeps of each weight."""
+        return self.store.format.moments
 
     @property
     def stored(self) -> np.dtype[Any]:
@@ -175,7 +182,7 @@ class TableShard:
             return
         values = np.empty((block.num_rows, self.row_dim), self.wide)
         fill_initial_rows(values, block.start, self.initial.seed, self.initial.std)
-        self.write(np.arange(block.local.start, block.local.stop), without_history(values))
+        self.write(np.arange(block.local.start, block.local.stop), without_history(values, self.moments))
 
     def write(self, local_rows: NDArray[np.int64], values: RowState) -> None:
         """Set `local_rows` int64 [n], before any row is updated, to `values`, which are as `exact` gives them."""
@@ -271,7 +278,7 @@ class TableShard:
         return initial_rows(rows, self.row_dim, self.wide, self.initial.seed, self.initial.std)
 
 
-def without_history(weights: NDArray[Any]) -> RowState:
+def without_history(weights: NDArray[Any], moments: int = 2) -> RowState:
     """Rows of exact `weights` [n, row_dim] that never had a gradient."""
     n, row_dim = weights.shape
-    return RowState(weights, np.zeros((n, 2 * row_dim), weights.dtype), np.zeros(n, np.int32))
+    return RowState(weights, np.zeros((n, moments * row_dim), weights.dtype), np.zeros(n, np.int32))

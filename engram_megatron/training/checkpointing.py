@@ -81,7 +81,7 @@ class Checkpointer:
                 shutil.rmtree(path)
             path.mkdir(parents=True)
             if self.memory is not None:
-                tables.create(path / TABLES, self.memory.adam)
+                tables.create(path / TABLES, self.memory.optimizer)
         self._barrier()
         save_backbone(path / BACKBONE, self.chunks, self.optimizer)
         if self.memory is not None:
@@ -115,7 +115,7 @@ class Checkpointer:
         problem = None
         if self.memory is not None:
             try:
-                tables.load_shard(path / TABLES, self.memory.adam, weights_only=weights_only)
+                tables.load_shard(path / TABLES, self.memory.optimizer, weights_only=weights_only)
                 self.memory.share_initial()
             except UsageError as error:
                 problem = str(error)

@@ -6,7 +6,7 @@ each runs beside:
     plan       hash, distinct rows, ids to their owners        the step before
     fetch      the rows, wave by wave                          Muon; then the microbatches of earlier waves
     return     gradients to the owners                         -
-    update     row Adam                                        Muon
+    update     row Adam or balanced momentum                   Muon
 
 Shape legend: N microbatches, B sequences, T positions, S = T / (context * tensor) positions of this rank's share,
 L Engram layers of this pipeline rank's chunks (all but those of the docstrings that say "of the chunk"), H heads of a
@@ -29,7 +29,7 @@ from engram_kernels.catch_up import CatchUp
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.gather.buffers import BufferPool
-from engram_megatron.gather.groups import make_groups, open_node_shards
+from engram_megatron.gather.groups import NodeGroups, make_groups, open_node_shards
 from engram_megatron.gather.lookup import RowLookup
 from engram_megatron.gather.statistics import GatherStatistics
 from engram_megatron.gather.topology import find_topology
@@ -40,6 +40,8 @@ from engram_megatron.hashing.ngram_hasher import NgramHasher
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.pipeline_layout import chunk_memory_layers, pipeline_layout
 from engram_megatron.optimizer.row_adam import RowAdam
+from engram_megatron.optimizer.row_optimizer import RowOptimizer
+from engram_megatron.optimizer.row_sinkhorn import RowSinkhorn
 from engram_megatron.tables.expected_rows import expected_touched_rows
 from engram_megatron.tables.placement import placement_of
 from engram_megatron.tables.row_gradients import RowGradients
@@ -115,20 +117,20 @@ class ConditionalMemory:
             config.engram.row_dim,
             self.tables.dtype,
             placement=placement_of(self.tables),
+            moments=self.tables.moments,
             shards_on_host=shards_on_host,
             touched_rows=expected_touched_rows(config, layout),
         )
-        optimizer = config.optimizer
-        catch_up = CatchUp(optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps)
-        self.adam = RowAdam(self.shard, catch_up, touched_only=self.tables.update == "touched")
         # All ranks of a host have judged the same free memory when this returns.
         self.shards = open_node_shards(self.shard, topology, ranks.host_group)
         groups = make_groups(topology, config.parallel.collective_timeout_s, self.tables.transport)
         exercise_pairs(groups.node)
         exercise_pairs(groups.rail)
         self.num_waves = min(self.tables.waves, config.training.num_microbatches(ranks.data_ranks))
-        self.lookup = RowLookup(self.shards, self.adam.read_as_of, groups, self.num_waves)
-        self.learning_rate_multiplier = optimizer.table_learning_rate_multiplier
+        first_rows = [*hasher.layer_offsets.tolist(), hasher.total_rows]
+        self.optimizer = _row_optimizer(config, self.shard, first_rows, groups)
+        self.lookup = RowLookup(self.shards, self.optimizer.read_as_of, groups, self.num_waves)
+        self.learning_rate_multiplier = config.optimizer.table_learning_rate_multiplier
         self._ids = BufferPool()
         self.worker = Worker(beside=self.tables.overlap, on_failure=on_failure)
 
@@ -184,10 +186,10 @@ class ConditionalMemory:
         return self.worker.submit("return", lambda: self.lookup.return_gradients(unique)).result()
 
     def step(self, gradients: RowGradients, learning_rate: float, gradient_scale: float) -> None:
-        """Dense Adam over this rank's rows at the tables' multiple of `learning_rate`, without weight decay. Returns at
-        once; every later fetch sees it."""
+        """Move this rank's rows (`tables.update`) at the tables' multiple of `learning_rate`, without weight decay.
+        Returns at once; every later fetch sees it. Collective over all ranks."""
         table_learning_rate = learning_rate * self.learning_rate_multiplier
-        self.worker.submit("update", lambda: self.adam.step(gradients, table_learning_rate, gradient_scale))
+        self.worker.submit("update", lambda: self.optimizer.step(gradients, table_learning_rate, gradient_scale))
 
     def finish(self) -> None:
         """Wait until all that was asked for is done, so that the shard may be read. Raises what went wrong."""
@@ -200,6 +202,14 @@ class ConditionalMemory:
     def statistics(self, rows: StepRows) -> GatherStatistics:
         """What the gather of a step moved on this rank."""
         return rows.wait(self.num_waves - 1).statistics
+
+
+def _row_optimizer(config: RunConfig, shard: TableShard, first_rows: Sequence[int], groups: NodeGroups) -> RowOptimizer:
+    optimizer = config.optimizer
+    if config.tables.update == "sinkhorn":
+        return RowSinkhorn(shard, first_rows, optimizer, groups.sum_over_ranks)
+    catch_up = CatchUp(optimizer.adam_beta1, optimizer.adam_beta2, optimizer.adam_eps)
+    return RowAdam(shard, catch_up, touched_only=config.tables.update == "touched")
 
 
 def _chunk_layers(config: RunConfig, pipeline_rank: int) -> list[list[int]]:

@@ -48,7 +48,7 @@ def check_start(config: RunConfig, num_ranks: int, *, resume: bool) -> None:
     if config.engram is not None and inputs.hasher is not None:
         tables = config.tables
         layout = RowLayout(inputs.hasher.total_rows, tables.block_rows, num_ranks)
-        row_format = RowFormat(config.engram.row_dim, tables.dtype)
+        row_format = RowFormat(config.engram.row_dim, tables.dtype, tables.moments)
         placement_of(tables).check(layout, row_format, num_ranks, expected_touched_rows(config, layout))
 
 

@@ -40,7 +40,7 @@ def table_metrics(memory: ConditionalMemory, num_steps: int, ranks: Ranks) -> di
     call, mean over ranks; rows of the busiest owner in the last update, as a multiple of the mean; share of rows that
     never had a gradient, and what it says of collisions; root mean square of an update relative to that of the weights.
     """
-    update, shard = memory.adam.last_update, memory.shard
+    update, shard = memory.optimizer.last_update, memory.shard
     seconds = memory.worker.take_seconds()
     sums = sum_over_ranks(
         [

@@ -74,7 +74,7 @@ class Trainer:
         self.runner = ScheduleRunner(chunks, config)
         self.schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
         self.flops_per_token = token_flops(config).forward_backward
-        self._reported_updates = 0 if memory is None else memory.adam.catch_up.step
+        self._reported_updates = 0 if memory is None else memory.optimizer.step_count
         self._ahead: tuple[int, StepRows] | None = None  # the step that the tables prepare for, and its rows
 
     def train_step(
@@ -156,7 +156,7 @@ class Trainer:
         if self.memory is not None and result.gather is not None:
             values["train/table_learning_rate"] = result.learning_rate * self.memory.learning_rate_multiplier
             values |= gather_metrics(result.gather, result.gather_wait_s, self.ranks)
-            updates = self.memory.adam.catch_up.step
+            updates = self.memory.optimizer.step_count
             values |= table_metrics(self.memory, updates - self._reported_updates, self.ranks)
             self._reported_updates = updates
         if result.mtp_loss is not None:

@@ -230,6 +230,7 @@ def test_each_block_is_one_file_and_plain_zarr_reads_the_table(saved: Path) -> N
         "total_rows": ROWS,
         "row_dim": DIM,
         "block_rows": BLOCK_ROWS,
+        "catch_up": {"beta1": 0.9, "beta2": 0.95, "eps": 1e-20},
         "dtype": "float32",
         "step_count": 5,
         "update": "dense",

@@ -31,14 +31,14 @@ def _train(rank: int, world_size: int, case: Case) -> tuple[list[float], np.ndar
         f"tables.waves={case.waves}",
     ]
     run = build_small_run(small_run_config("float32", overrides), rank, world_size)
-    adam_step = run.memory.adam.step
+    adam_step = run.memory.optimizer.step
 
     def slow_step(*arguments: Any) -> None:
         if rank == world_size - 1:
             time.sleep(case.slow_update_s)
         adam_step(*arguments)
 
-    run.memory.adam.step = slow_step
+    run.memory.optimizer.step = slow_step
     if not case.barriers:
         type(run.memory.lookup.groups).node_barrier = lambda groups: None
     losses = []

@@ -14,6 +14,8 @@ from tiny_run import Start, backbone, finished_weights, metrics, run_starts, tab
 from engram_megatron.overrides import apply_overrides
 
 pytestmark = pytest.mark.usefixtures("runs")
+# So large that a step updates its own rows only, and leaves others behind.
+LARGE_TABLES = ("engram.rows_per_head=40009", "tables.block_rows=8192")
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +24,15 @@ def runs(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     weights of `straight` with another learning rate, for one step. Returns (folder, summaries of rank 0)."""
     folder = tmp_path_factory.mktemp("runs")
     straight, broken = (
-        tiny_config(tiny_corpus, folder / name, "checkpoint.every_steps=0") for name in ("straight", "broken")
+        tiny_config(tiny_corpus, folder / name, *LARGE_TABLES, "checkpoint.every_steps=0")
+        for name in ("straight", "broken")
     )
-    resumed = tiny_config(tiny_corpus, folder / "broken", "checkpoint.every_steps=4", "checkpoint.keep_last=1")
+    resumed = tiny_config(
+        tiny_corpus, folder / "broken", *LARGE_TABLES, "checkpoint.every_steps=4", "checkpoint.keep_last=1"
+    )
     init = f"checkpoint.init_from={folder / 'straight/checkpoints/step_00000006'}"
     started = tiny_config(
-        tiny_corpus, folder / "started", init, "optimizer.learning_rate=1e-4", "checkpoint.every_steps=1"
+        tiny_corpus, folder / "started", *LARGE_TABLES, init, "optimizer.learning_rate=1e-4", "checkpoint.every_steps=1"
     )
     starts = [Start(straight), Start(broken, stop_after=3), Start(resumed, resume=True), Start(started, stop_after=0)]
     return folder, run_starts(starts)[0]
@@ -110,8 +115,8 @@ def test_tables_may_move_to_a_disk_and_back_at_a_resume(
     runs: tuple[Path, list[Any]], tiny_corpus: Path, disk: Path, tmp_path: Path
 ) -> None:
     """Two steps on a disk, with less than twenty rows of a rank in memory, two in memory, two on a disk again."""
-    host = tiny_config(tiny_corpus, tmp_path / "run", "checkpoint.every_steps=0")
-    nvme = ["tables.placement=nvme", f"tables.nvme_dir={disk}", "tables.hot_fraction=0.02"]
+    host = tiny_config(tiny_corpus, tmp_path / "run", *LARGE_TABLES, "checkpoint.every_steps=0")
+    nvme = ["tables.placement=nvme", f"tables.nvme_dir={disk}", "tables.hot_fraction=0.0002"]
     starts = [
         Start(apply_overrides(host, nvme), stop_after=2),
         Start(host, resume=True, stop_after=2),

@@ -20,6 +20,8 @@ OPTIONS = {
     "lazy apart": ("tables.commit=lazy", "tables.ranks_per_node=1"),
     "touched": ("tables.update=touched",),
     "bfloat16": ("tables.dtype=bfloat16",),
+    "sinkhorn": ("tables.update=sinkhorn",),
+    "sinkhorn apart": ("tables.update=sinkhorn", "tables.ranks_per_node=1", "tables.overlap=false"),
 }
 NVME = ("tables.placement=nvme", "tables.hot_fraction=0.05")
 NVME_OPTIONS = {  # each as the option without "nvme"
@@ -104,6 +106,16 @@ def test_touched_rows_only_leaves_others_where_their_last_gradient_left_them(
 
 def test_bfloat16_rows_train_as_float32_ones_but_for_their_rounding(found: list[dict[str, dict[str, Any]]]) -> None:
     np.testing.assert_allclose(found[0]["bfloat16"]["losses"], found[0]["eager"]["losses"], rtol=5e-3)
+
+
+def test_balanced_momentum_trains_on_one_node_as_on_two(found: list[dict[str, dict[str, Any]]]) -> None:
+    losses = found[0]["sinkhorn"]["losses"]
+    np.testing.assert_allclose(found[0]["sinkhorn apart"]["losses"], losses, rtol=1e-5)
+    assert losses[0] == found[0]["eager"]["losses"][0]
+    assert losses[1:] != found[0]["eager"]["losses"][1:]
+    moved = _table(found, "sinkhorn") != _table(found, "sinkhorn", "before")
+    assert moved[_table(found, "sinkhorn", "last_step") > 0].any()
+    assert not moved[_table(found, "sinkhorn", "last_step") == 0].any()
 
 
 def test_tables_tell_how_they_are(found: list[dict[str, dict[str, Any]]]) -> None:
