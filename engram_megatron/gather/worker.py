@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import numba
+
 Result = TypeVar("Result")
 
 
@@ -24,7 +26,7 @@ class Worker:
 
     def __init__(self, *, beside: bool, on_failure: Callable[[BaseException], None] | None = None) -> None:
         self.on_failure = on_failure
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tables") if beside else None
+        self._executor = _executor() if beside else None
         self._failure: BaseException | None = None
         self._seconds: dict[str, float] = defaultdict(float)
 
@@ -66,3 +68,10 @@ class Worker:
             raise
         finally:
             self._seconds[name] += time.perf_counter() - started
+
+
+def _executor() -> ThreadPoolExecutor:
+    # numba's limit is each thread's own: a new one would take all cores, also those of the other ranks of this host.
+    return ThreadPoolExecutor(
+        1, thread_name_prefix="tables", initializer=numba.set_num_threads, initargs=(numba.get_num_threads(),)
+    )

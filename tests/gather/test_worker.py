@@ -2,6 +2,7 @@
 
 import threading
 
+import numba
 import pytest
 
 from engram_megatron.gather.worker import Worker
@@ -45,3 +46,14 @@ def test_a_task_runs_beside_its_caller() -> None:
     go_on.set()
     assert future.result() is True
     worker.close()
+
+
+def test_the_thread_takes_as_many_cores_as_the_rank_has() -> None:
+    limit = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        worker = Worker(beside=True)
+        assert worker.submit("threads", numba.get_num_threads).result() == 1
+        worker.close()
+    finally:
+        numba.set_num_threads(limit)
