@@ -32,7 +32,7 @@ from engram_megatron.tables.table_shard import TableShard
 RANKS = 2
 ROW_DIM = 80
 MICROBATCHES, LOOKUPS = 8, 65_536  # of one rank's step, and of one of its microbatches
-STEPS, WARM_UP = 12, 3
+STEPS, WARM_UP = 24, 3
 LR = 1e-3
 
 
