@@ -31,8 +31,9 @@ from engram_megatron.tables.table_shard import TableShard
 
 RANKS = 2
 ROW_DIM = 80
-MICROBATCHES, LOOKUPS = 8, 65_536  # of one rank's step, and of one of its microbatches
-STEPS, WARM_UP = 24, 3
+# Of one rank's step, and of one of its microbatches: 64k tokens, of one layer; 80 such ranks make the paper's batch.
+MICROBATCHES, LOOKUPS = 16, 65_536
+STEPS, WARM_UP = 15, 3
 LR = 1e-3
 
 
