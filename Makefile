@@ -41,8 +41,9 @@ lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
 compare: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## engram_tiny against its MoE twin of equal parameters, 3 seeds
 	$(PY) launch/compare_budget.py --corpus $(TINY_CORPUS) --nproc-per-node $(NPROC) --out $(RUNS)/compare $(ARGS)
 
-bench-tables: $(VENV)/.installed  ## the kernels on table rows against torch, C and the bare traffic, 10 GiB of memory
+bench-tables: $(VENV)/.installed  ## the tables against torch, C, bare traffic and bare transports; 10 GiB, ten minutes
 	$(PY) launch/bench_tables.py $(ARGS)
+	PATH=$(VENV)/bin:$$PATH mpiexec -n 2 $(PY) launch/bench_exchange.py
 
 conformance: $(VENV)/.installed  ## our code against vectors of DeepSeek's demo
 	$(PY) launch/conformance.py tests/golden

@@ -6,6 +6,10 @@ step's exchanges do; the checked exchange takes checksums of what it sends to ot
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import time
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from engram_megatron.benchmarks.measure import Candidate, Comparison, interleave
 from engram_megatron.gather.transport import CheckedTransport, GlooTransport, MpiTransport, TransportKind
 from engram_megatron.gather.transport.groups import all_ranks_transport
 from engram_megatron.gather.transport.protocol import byte_view
+from engram_megatron.layouts.forked_ranks import free_port
 
 MEGABYTES = 16
 ROW_DIM = 80  # Engram-27B: 160 bytes in bfloat16
@@ -73,3 +78,21 @@ def _bare(transport: Any, rows: torch.Tensor, received: torch.Tensor) -> Candida
         return lambda: transport.communicator.Alltoallv(outgoing, incoming)
     assert isinstance(transport, GlooTransport), transport
     return lambda: dist.all_to_all_single(received, rows, group=transport.group)
+
+
+def loopback_speed() -> str:
+    """What iperf3 moves over one TCP connection of this host to itself, in words. Not collective."""
+    if shutil.which("iperf3") is None:
+        return "iperf3 is not installed: no bare TCP speed beside these"
+    port = str(free_port())
+    with subprocess.Popen(["iperf3", "-s", "-1", "-p", port], stdout=subprocess.DEVNULL) as server:
+        time.sleep(0.5)  # it says nothing when it is ready
+        client = subprocess.run(
+            ["iperf3", "-c", "127.0.0.1", "-p", port, "-t", "2", "-J"], capture_output=True, text=True
+        )
+        server.terminate()
+    answer = json.loads(client.stdout or "{}")
+    if client.returncode != 0 or "end" not in answer:
+        return f"iperf3 failed: {answer.get('error', client.stderr.strip())}"
+    bits = answer["end"]["sum_received"]["bits_per_second"]
+    return f"iperf3, one connection over loopback: {bits / 8e9:.2f} GB/s"

@@ -68,7 +68,7 @@ def _train(rank: int, world_size: int, tables: Tables) -> list[dict[str, np.ndar
     return history
 
 
-@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("world_size", "ranks_per_node"), [(1, 1), (2, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_every_read_and_all_rows_are_those_in_memory(world_size: int, ranks_per_node: int, disk: Path) -> None:
     """hot_fraction 0.02 keeps one to five rows of a shard: rows come and go within one update. 0.3 evicts often."""
     settings: list[dict[str, Any]] = []
