@@ -88,7 +88,10 @@ class RowLookup:
         asked = self.groups.rail.exchange(ids_out, counts_NW.sum(axis=1), asked_NW.sum(axis=1), what="row ids").numpy()
         self._check_requests(asked, asked_NW.sum(axis=1))
         arrivals = self._arrivals(plan, requests)
-        received = self._shared.share(self._shared.empty(self._rows_shape(int(counts_NW.sum())), self.shard.stored))
+        received: list[NDArray[Any]] = []  # of one node: nothing comes from another
+        if self.topology.num_nodes > 1:
+            mine = self._shared.empty(self._rows_shape(int(counts_NW.sum())), self.shard.stored)
+            received = self._shared.share(mine)
         route = Route(requests, starts, counts_NW, asked, asked_NW, arrivals, received)
         reads = plan_reads(plan, arrivals, self.layout, self.topology.node, self.num_waves)
         statistics = self._statistics(plan, route)

@@ -93,22 +93,7 @@ def update_rows(
     moments of a row move in a step that did not use it (`torch.optim.SparseAdam`); `gather_rows` then reads the rows.
     Raises `IndexError` for a row outside the table.
     """
-    check_rows(rows, table.num_rows)
-    _check_gradients(table, rows, gradients)
-    _update(
-        table.weight,
-        _halves(table),
-        table.state,
-        table.last_step,
-        rows,
-        gradients,
-        catch_up.tables(),
-        _constants(table, catch_up, lr, scale),
-        catch_up.step,
-        catch_up.window or catch_up.step,
-        catch_up.is_closed,
-        touched_only,
-    )
+    _update(*_update_arguments(table, rows, gradients, catch_up, lr, scale), touched_only)
 
 
 def is_for_sweep(num_updated: int, num_moving: int, num_rows: int) -> bool:
@@ -129,9 +114,18 @@ def sweep_rows(
 
     A second moment that has decayed below the smallest normal number may wait some steps until it becomes zero.
     """
+    _sweep(*_update_arguments(table, rows, gradients, catch_up, lr, scale))
+
+
+def _update_arguments(
+    table: RowState, rows: NDArray[np.int64], gradients: NDArray[Any], catch_up: CatchUp, lr: float, scale: float
+) -> tuple[Any, ...]:
+    """What both kernels that move rows take, checked."""
     check_rows(rows, table.num_rows)
-    _check_gradients(table, rows, gradients)
-    _sweep(
+    assert _is_strictly_rising(rows), "the rows of an update must rise strictly"
+    assert gradients.shape == (rows.size, table.row_dim), (gradients.shape, rows.size, table.row_dim)
+    assert gradients.dtype == table.state.dtype, (gradients.dtype, table.state.dtype)
+    return (
         table.weight,
         _halves(table),
         table.state,
@@ -144,12 +138,6 @@ def sweep_rows(
         catch_up.window or catch_up.step,
         catch_up.is_closed,
     )
-
-
-def _check_gradients(table: RowState, rows: NDArray[np.int64], gradients: NDArray[Any]) -> None:
-    assert _is_strictly_rising(rows), "the rows of an update must rise strictly"
-    assert gradients.shape == (rows.size, table.row_dim), (gradients.shape, rows.size, table.row_dim)
-    assert gradients.dtype == table.state.dtype, (gradients.dtype, table.state.dtype)
 
 
 def _constants(table: RowState, catch_up: CatchUp, lr: float, scale: float) -> Constants:
