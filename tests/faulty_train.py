@@ -8,22 +8,19 @@ FAULT_FILE   made as it happens
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from train_program import train_module
 
 from engram_megatron.gather.transport import GlooTransport
 from engram_megatron.optimizer.row_adam import RowAdam
-
-TRAIN = Path(__file__).parents[1] / "launch/train.py"
 
 Int64 = NDArray[np.int64]
 
@@ -69,17 +66,8 @@ def plant(fault: Fault) -> None:
     RowAdam.step = faulty_update  # type: ignore[method-assign]
 
 
-def train_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("launch_train", TRAIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 if __name__ == "__main__":
-    program = train_program()
+    program = train_module()
     if os.environ.get("RANK") == "1":
         plant(Fault())
     sys.exit(program.main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -10,13 +11,25 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import psutil
 from tiny_run import TINY
 
 ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "launch/train.py"
 TIMEOUT_S = 240.0
+
+
+def train_module() -> ModuleType:
+    """launch/train.py as a module, for calls in this process."""
+    spec = importlib.util.spec_from_file_location("launch_train", TRAIN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Ended(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from types import ModuleType
 
 import pytest
 from tiny_run import TINY, build_tiny_corpus, files_under, tiny_config
+from train_program import TRAIN, train_module
 
 from engram_data.corpus import Corpus
 from engram_megatron.config import RunConfig
@@ -21,18 +21,11 @@ from engram_megatron.training.preflight import open_inputs
 from engram_megatron.training.run_folder import write_json
 from engram_megatron.training.train_state import TrainState
 
-TRAIN = Path(__file__).parents[2] / "launch/train.py"
-
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
     """launch/train.py as a module."""
-    spec = importlib.util.spec_from_file_location("launch_train", TRAIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return train_module()
 
 
 class Refused:
