@@ -13,7 +13,10 @@ All functions are collective over all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
+from engram_checkpoints.checkpoint_files import FileSums, SummedFile
 from engram_megatron import platform
 from engram_megatron.errors import UsageError
 from engram_megatron.model.parameter_names import unwrapped
@@ -41,21 +45,30 @@ from engram_megatron.optimizer.backbone import BackboneOptimizer
 _OPTIMIZER_PREFIX = "optimizer."
 
 
-def save_backbone(folder: Path, model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer) -> None:
-    """Write the weights of all ranks and the optimizer's state into `folder`, which is made if it is not there."""
+def save_backbone(
+    folder: Path, model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer, sums: FileSums
+) -> None:
+    """Write the weights of all ranks and the optimizer's state into `folder`, which is made if it is not there; `sums`
+    takes those of this rank's files."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = _sharded_state(model_chunks, optimizer)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=_InProcessSave())
+    dist_checkpointing.save(state, str(folder), sharded_strategy=_InProcessSave(sums))
+    if dist.get_rank() == 0:
+        sums.add_written(folder / "metadata.json")
 
 
 class _InProcessSave(TorchDistSaveShardedStrategy):
-    """`torch_dist` files written by this process and flushed to disk before `save` returns.
+    """`torch_dist` files written by this process.
 
     megatron-core 0.19.2's own synchronous save is its asynchronous one waited for: it spawns a helper process on every
     rank, which a daemonic process may not do and which imports the program's main module anew. The files are the same.
     """
+
+    def __init__(self, sums: FileSums) -> None:
+        super().__init__()
+        self._sums = sums
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         """Called by `dist_checkpointing.save` with the sharded tensors and objects of this rank."""
@@ -63,8 +76,27 @@ class _InProcessSave(TorchDistSaveShardedStrategy):
         planner = MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
         )
-        writer = FileSystemWriter(checkpoint_dir, sync_files=True)
+        writer = FileSystemWriter(checkpoint_dir, sync_files=False)
+        writer.fs = _SummedFileSystem(self._sums)
         save_state_dict(mcore_to_pyt_state_dict(by_key, False), storage_writer=writer, planner=planner)
+
+
+class _SummedFileSystem(FileSystem):
+    """Opens files that add themselves to `sums`."""
+
+    def __init__(self, sums: FileSums) -> None:
+        self._sums = sums
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """Called for new files, and to read none."""
+        assert mode == "wb", mode
+        with io.BufferedWriter(SummedFile(Path(path), self._sums)) as stream:
+            yield stream
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self._sums.rename(Path(path), Path(new_path))
 
 
 def load_backbone(folder: Path, model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer) -> None:

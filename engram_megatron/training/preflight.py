@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from engram_checkpoints.train_state import TrainState
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
@@ -25,7 +26,7 @@ from engram_megatron.tables.placement import placement_of
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.tables.row_store import RowFormat
 from engram_megatron.training.run_folder import RunFolder
-from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume, check_tokenizer
+from engram_megatron.training.train_state import check_hash_identity, check_resume, check_tokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,13 +16,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from engram_checkpoints.checkpoint_files import COMPLETE
 from engram_megatron.config import RunConfig
 from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import from_dict, leaves, to_dict
 from engram_megatron.training.stop_signal import STOP_FILE
 
-COMPLETE = "COMPLETE"
 LOCK = ".lock"
 
 

@@ -1,47 +1,15 @@
-"""The small part of a checkpoint: what it is a checkpoint of. Readable without torch."""
+"""Whether a run may continue from a checkpoint, or start from its weights."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engram_checkpoints.train_state import TrainState
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.hashing.ngram_hasher import identity_difference
-from engram_megatron.training.run_folder import COMPLETE, check_resumable, write_json
-
-TRAIN_STATE = "train_state.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """The part of a checkpoint that fits in a page."""
-
-    step: int  # updates done
-    tokens_seen: int  # tokens whose loss counted
-    world_size: int
-    corpus_fingerprint: str
-    tokenizer_sha256: str
-    hash_identity: dict[str, Any] | None
-    config: dict[str, Any]
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> TrainState:
-        """Raises `UsageError` where `checkpoint` is no complete checkpoint or its state cannot be read."""
-        if not (checkpoint / COMPLETE).is_file():
-            raise UsageError(f"{checkpoint} is not a complete checkpoint (no {COMPLETE} in it)")
-        try:
-            return cls(**json.loads((checkpoint / TRAIN_STATE).read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"{checkpoint / TRAIN_STATE} is damaged or of another version ({error}); use another checkpoint "
-                f"(without {checkpoint / COMPLETE}, --resume takes the one before)"
-            ) from error
-
-    def write(self, checkpoint: Path) -> None:
-        write_json(checkpoint / TRAIN_STATE, asdict(self))
+from engram_megatron.training.run_folder import check_resumable
 
 
 def check_resume(state: TrainState, config: RunConfig, world_size: int, corpus_fingerprint: str) -> None:

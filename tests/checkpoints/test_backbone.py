@@ -11,6 +11,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from engram_checkpoints.checkpoint_files import FileSums
+
 LR = 1e-2
 
 
@@ -39,7 +41,7 @@ def _train_and_save(rank: int, world_size: int, folder: Path, dtype: str, tensor
 
     model, optimizer = _build(dtype, tensor, expert)
     train_steps(model, optimizer, 0, 2, LR)
-    save_backbone(folder, [model], optimizer)
+    save_backbone(folder, [model], optimizer, FileSums(folder))
     return train_steps(model, optimizer, 2, 4, LR), _everything(model, optimizer)
 
 
@@ -88,7 +90,7 @@ def _load_weights_alone(rank: int, world_size: int, folder: Path) -> Any:
 
     model, optimizer = _build("bfloat16", 1, 1)
     train_steps(model, optimizer, 0, 2, LR)
-    save_backbone(folder, [model], optimizer)
+    save_backbone(folder, [model], optimizer, FileSums(folder))
     fresh, fresh_optimizer = _build("bfloat16", 1, 1)
     load_backbone_weights(folder, [fresh], fresh_optimizer)
     weights = zip(model.parameters(), fresh.parameters(), strict=True)
@@ -118,7 +120,7 @@ def _messages(rank: int, world_size: int, folder: Path) -> list[str]:
     assert config.model.moe is not None
     model = build_small_gpt(config)
     optimizer = build_backbone_optimizer([model], config)
-    save_backbone(folder, [model], optimizer)
+    save_backbone(folder, [model], optimizer, FileSums(folder))
     before = _everything(model, optimizer)
     more_experts = replace(config, model=replace(config.model, moe=replace(config.model.moe, num_experts=8)))
     fewer_experts = replace(config, model=replace(config.model, moe=replace(config.model.moe, num_experts=2)))
@@ -167,7 +169,7 @@ def _other_depth(rank: int, world_size: int, folder: Path) -> list[str]:
     messages = []
     for (saved, saved_config), (other, other_config) in (models, models[::-1]):
         where = folder / str(saved_config.model.num_layers)
-        save_backbone(where, [saved], build_backbone_optimizer([saved], saved_config))
+        save_backbone(where, [saved], build_backbone_optimizer([saved], saved_config), FileSums(where))
         with pytest.raises(UsageError) as error:
             load_backbone(where, [other], build_backbone_optimizer([other], other_config))
         messages.append(str(error.value))

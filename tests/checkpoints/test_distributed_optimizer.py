@@ -11,6 +11,8 @@ import torch
 from ranks import run_ranks
 from tiny_run import backbone
 
+from engram_checkpoints.checkpoint_files import FileSums
+
 LR = 1e-2
 
 
@@ -50,7 +52,7 @@ def _train_and_save(rank: int, world_size: int, folder: Path, layout: Layout, dt
 
     model, optimizer = _build(layout, dtype)
     train_steps(model, optimizer, 0, 2, LR)
-    save_backbone(folder / "backbone", [model], optimizer)
+    save_backbone(folder / "backbone", [model], optimizer, FileSums(folder / "backbone"))
     return train_steps(model, optimizer, 2, 2 + more_steps, LR), _everything(model, optimizer)
 
 
@@ -61,7 +63,7 @@ def _load_and_save(rank: int, world_size: int, folder: Path, copies: list[tuple[
         model, optimizer = _build(layout, dtype)
         load_backbone(folder / "backbone", [model], optimizer)
         assert optimizer.num_steps == 2
-        save_backbone(copy / "backbone", [model], optimizer)
+        save_backbone(copy / "backbone", [model], optimizer, FileSums(copy / "backbone"))
 
 
 def _load_and_train(rank: int, world_size: int, folder: Path, layout: Layout, dtype: str) -> Any:

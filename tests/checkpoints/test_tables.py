@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 import zarr
 from ranks import run_ranks
+from saved_tables import save_tables
 
-from engram_checkpoints.tables import LAST_STEP, MOMENTS, WEIGHT, create, load_shard, write_shard
+from engram_checkpoints.table_format import LAST_STEP, MOMENTS, WEIGHT
+from engram_checkpoints.table_reader import TableReader
+from engram_checkpoints.tables import load_shard
 from engram_kernels.catch_up import CatchUp
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_adam import RowAdam
@@ -79,10 +81,7 @@ def _save_on_rank(rank: int, world_size: int, path: Path) -> None:
     adam = _adam(rank, world_size)
     adam.shard.initialize(seed=0, std=1.0)
     _train(adam, range(5))
-    if rank == 0:
-        create(path, adam)
-    dist.barrier()
-    write_shard(path, adam.shard)
+    save_tables(path, adam)
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +92,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _save(path: Path, adam: RowAdam) -> Path:
-    create(path, adam)
-    write_shard(path, adam.shard)
-    return path
-
-
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """Tables of one shard that a test may damage."""
-    return _save(tmp_path / "tables.zarr", _never_saved(range(5)))
+    return save_tables(tmp_path / "tables.zarr", _never_saved(range(5)))
 
 
 def _never_saved(steps: range, **options: Any) -> RowAdam:
@@ -147,7 +140,7 @@ def test_weights_only_takes_them_as_of_the_last_step_and_starts_the_optimizer_an
 def test_exact_weights_are_saved_of_every_dtype(tmp_path: Path, dtype: str) -> None:
     adam = _never_saved(range(5), dtype=dtype)
     loaded = _adam(0, 1, dtype=dtype)
-    load_shard(_save(tmp_path / "t.zarr", adam), loaded)
+    load_shard(save_tables(tmp_path / "t.zarr", adam), loaded)
     for adam_or_loaded in (adam, loaded):
         _train(adam_or_loaded, range(5, 8))
     np.testing.assert_array_equal(loaded.shard.rows.weight, adam.shard.rows.weight)
@@ -158,7 +151,7 @@ def test_bfloat16_and_float32_tables_read_each_others_saves(tmp_path: Path) -> N
     ours, theirs = _never_saved(range(5), dtype="bfloat16"), _never_saved(range(5))
     _assert_same(_table([ours]), _table([theirs]))  # exact weights are trained alike
     loaded = _adam(0, 1)
-    load_shard(_save(tmp_path / "t.zarr", ours), loaded)
+    load_shard(save_tables(tmp_path / "t.zarr", ours), loaded)
     _assert_same(_table([loaded]), _table([theirs]))
 
 
@@ -179,7 +172,7 @@ def test_tables_of_every_placement_go_on_as_those_of_every_other(tmp_path: Path,
     expected_then, expected = (_table([_never_saved(range(steps), dtype=dtype)]) for steps in (5, 8))
     for number, placement in enumerate(_placements(disk)):
         trained = _never_saved(range(5), dtype=dtype, placement=placement)
-        path = _save(tmp_path / f"{number}.zarr", trained)
+        path = save_tables(tmp_path / f"{number}.zarr", trained)
         for other in _placements(disk):
             loaded = _adam(0, 1, dtype=dtype, placement=other)
             load_shard(path, loaded)
@@ -191,7 +184,7 @@ def test_tables_of_every_placement_go_on_as_those_of_every_other(tmp_path: Path,
 
 def test_all_placements_save_the_same_files(tmp_path: Path, disk: Path) -> None:
     def files(number: int, placement: Placement) -> dict[str, bytes]:
-        path = _save(tmp_path / f"{number}.zarr", _never_saved(range(5), placement=placement))
+        path = save_tables(tmp_path / f"{number}.zarr", _never_saved(range(5), placement=placement))
         return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
     first, *others = (files(number, placement) for number, placement in enumerate(_placements(disk)))
@@ -209,7 +202,7 @@ def test_tables_in_files_start_from_other_weights_and_go_on_from_there(saved: Pa
         _train(adam, range(3))
     _assert_same(*(_table([adam]) for adam in adams))
     for number, adam in enumerate(adams):
-        path = _save(tmp_path / f"{number}.zarr", adam)
+        path = save_tables(tmp_path / f"{number}.zarr", adam)
         again = [_adam(0, 1, placement=placement) for placement in (nvme, host)]
         for loaded in again:
             load_shard(path, loaded)
@@ -235,19 +228,34 @@ def test_each_block_is_one_file_and_plain_zarr_reads_the_table(saved: Path) -> N
         "step_count": 5,
         "update": "dense",
         "initial": {"seed": 0, "std": 1.0},
+        "base": None,
     }
     np.testing.assert_array_equal(group["learning_rates"][:], np.full(5, 0.01))
     np.testing.assert_array_equal(group[LAST_STEP][:], table[LAST_STEP])
     for name in (WEIGHT, *MOMENTS):
-        np.testing.assert_array_equal(group[name][:208], table[name][:208])
+        np.testing.assert_array_equal(group[name][:200], table[name][:200])
+        assert not group[name][200:].any()
         files = {path.name for path in (saved / name).iterdir()}
-        # Of the rows from 208 on none ever had a gradient: they are what the seed says.
+        # Of the rows from 200 on none ever had a gradient: they are what the seed says.
         assert files == {"zarr.json"} | {f"c.{block}.0" for block in range(13)}
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, ROWS), (5, 6), (15, 17), (190, 230)])
+def test_reader_gives_any_rows_whole(saved: Path, start: int, stop: int) -> None:
+    """Those that are left out too."""
+    table, reader = _table([_never_saved(range(5))]), TableReader(saved)
+    rows = reader.rows(start, stop)
+    np.testing.assert_array_equal(rows.weight, table[WEIGHT][start:stop])
+    np.testing.assert_array_equal(rows.exp_avg_sq, table["exp_avg_sq"][start:stop])
+    np.testing.assert_array_equal(reader.last_step(start, stop), table[LAST_STEP][start:stop])
+    trained = _never_saved(range(5))
+    finished = trained.shard.finished(trained.catch_up)[start:stop]
+    np.testing.assert_array_equal(reader.weights(start, stop, reader.catch_up()), finished)
 
 
 def test_tables_are_never_written_over_others(own: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
-        create(own, _adam(0, 1))
+        save_tables(own, _adam(0, 1))
 
 
 @pytest.mark.parametrize(

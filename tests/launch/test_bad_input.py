@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +13,13 @@ import pytest
 from tiny_run import TINY, build_tiny_corpus, files_under, tiny_config
 from train_program import TRAIN, train_module
 
+from engram_checkpoints.checkpoint_files import FileSums, complete
+from engram_checkpoints.train_state import FORMAT, TrainState
 from engram_data.corpus import Corpus
 from engram_megatron.config import RunConfig
 from engram_megatron.overrides import to_dict
 from engram_megatron.training.preflight import open_inputs
 from engram_megatron.training.run_folder import write_json
-from engram_megatron.training.train_state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,8 @@ def save_state(config: RunConfig, step: int = 4, world_size: int = 2) -> Path:
     checkpoint = Path(config.run_dir) / f"checkpoints/step_{step:08d}"
     checkpoint.mkdir(parents=True)
     write_json(Path(config.run_dir) / "config.json", to_dict(config))
-    TrainState(
+    sums = FileSums(checkpoint)
+    state = TrainState(
         step=step,
         tokens_seen=1024,
         world_size=world_size,
@@ -175,8 +176,9 @@ def save_state(config: RunConfig, step: int = 4, world_size: int = 2) -> Path:
         tokenizer_sha256=inputs.train.tokenizer.sha256,
         hash_identity=None if inputs.hasher is None else inputs.hasher.identity(),
         config=to_dict(config),
-    ).write(checkpoint)
-    (checkpoint / "COMPLETE").touch()
+    )
+    state.write(checkpoint, sums)
+    complete(checkpoint, sums.flush())
     return checkpoint
 
 
@@ -249,9 +251,11 @@ def test_resume_from_a_damaged_state(refused: Refused) -> None:
 
 
 def test_resume_from_a_state_of_another_version(refused: Refused) -> None:
-    state = save_state(tiny_config(refused.corpus, refused.run_dir)) / "train_state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"new_field": 1}))
-    assert "'new_field'" in refused("--resume")
+    checkpoint = save_state(tiny_config(refused.corpus, refused.run_dir))
+    sums = FileSums(checkpoint)
+    sums.write_json(checkpoint / "train_state.json", {"format": FORMAT + 1, "new_field": 1})
+    complete(checkpoint, sums.flush())
+    assert f"format {FORMAT + 1}, this version reads format {FORMAT}" in refused("--resume")
 
 
 @pytest.mark.parametrize(

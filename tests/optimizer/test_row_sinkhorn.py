@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
+from saved_tables import save_tables
 from sharded_tables import Tables, balanced_tables, sharded_tables
 
-from engram_checkpoints.tables import create, load_shard, write_shard
+from engram_checkpoints.tables import load_shard
 from engram_kernels.row_reference import MomentumRows, sinkhorn_step
 from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.config_tables import TablesConfig
@@ -105,8 +106,7 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_happened(dtype: str, tmp_
     lookup, optimizer = balanced_tables(tables, (0, SECOND))
     for step in range(4):
         _step(optimizer, lookup, step)
-    create(tmp_path / "tables.zarr", optimizer)
-    write_shard(tmp_path / "tables.zarr", optimizer.shard)
+    save_tables(tmp_path / "tables.zarr", optimizer)
     again_lookup, again = balanced_tables(tables, (0, SECOND))
     load_shard(tmp_path / "tables.zarr", again)
     assert again.step_count == 4
@@ -122,8 +122,7 @@ def test_saved_and_loaded_it_goes_on_as_if_nothing_had_happened(dtype: str, tmp_
 def test_weights_may_go_to_another_optimizer_and_moments_may_not(tmp_path: Path) -> None:
     lookup, optimizer = balanced_tables(TABLES, (0, SECOND))
     _step(optimizer, lookup, 0)
-    create(tmp_path / "tables.zarr", optimizer)
-    write_shard(tmp_path / "tables.zarr", optimizer.shard)
+    save_tables(tmp_path / "tables.zarr", optimizer)
     _, adam = sharded_tables(TABLES)
     with pytest.raises(UsageError, match=r"update = sinkhorn, this run's have dense; .*tables\.update that they were"):
         load_shard(tmp_path / "tables.zarr", adam)
@@ -132,8 +131,7 @@ def test_weights_may_go_to_another_optimizer_and_moments_may_not(tmp_path: Path)
     assert isinstance(adam, RowAdam)
     assert isinstance(adam.read_as_of, CatchUp)
     assert adam.step_count == 0
-    create(tmp_path / "adam.zarr", adam)
-    write_shard(tmp_path / "adam.zarr", adam.shard)
+    save_tables(tmp_path / "adam.zarr", adam)
     load_shard(tmp_path / "adam.zarr", optimizer, weights_only=True)
     assert not optimizer.shard.rows.exp_avg.any()
     assert optimizer.step_count == 0

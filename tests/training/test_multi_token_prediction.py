@@ -23,6 +23,7 @@ from small_run import (
     small_run_config,
 )
 
+from engram_checkpoints.checkpoint_files import FileSums
 from engram_data.batch import Batch, after_next
 from engram_megatron.layouts.compare import live
 from engram_megatron.layouts.small_model import take
@@ -297,7 +298,7 @@ def _saved_and_loaded(rank: int, world_size: int, folder: str) -> tuple[list[Any
             numbers(t) for s in state for t in s.values()
         ]
 
-    save_backbone(Path(folder), run.chunks, run.optimizer)
+    save_backbone(Path(folder), run.chunks, run.optimizer, FileSums(Path(folder)))
     before = tensors()
     with torch.no_grad():
         for chunk in run.chunks:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from engram_checkpoints.checkpoint_files import COMPLETE
 from engram_megatron.config import RunConfig
 from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import leaves, to_dict
 from engram_megatron.presets import engram_tiny
-from engram_megatron.training.run_folder import COMPLETE, RunFolder, check_resumable
+from engram_megatron.training.run_folder import RunFolder, check_resumable
 
 LEAVES = {key: (value, field) for key, value, field in leaves(engram_tiny())}
 FREE = [key for key, (_, field) in LEAVES.items() if field.metadata == RESUME_FREE]

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from engram_checkpoints.checkpoint_files import FileSums, complete
+from engram_checkpoints.train_state import TrainState
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import from_dict, to_dict
 from engram_megatron.presets import engram_tiny
-from engram_megatron.training.train_state import TrainState, check_hash_identity, check_resume, check_tokenizer
+from engram_megatron.training.train_state import check_hash_identity, check_resume, check_tokenizer
 
 STATE = TrainState(
     step=7,
@@ -25,9 +27,10 @@ STATE = TrainState(
 )
 
 
-def write(folder: Path) -> None:
-    STATE.write(folder)
-    (folder / "COMPLETE").touch()
+def write(folder: Path, state: TrainState = STATE) -> None:
+    sums = FileSums(folder)
+    state.write(folder, sums)
+    complete(folder, sums.flush())
 
 
 def test_read_gives_what_was_written(tmp_path: Path) -> None:
@@ -39,8 +42,14 @@ def test_read_gives_what_was_written(tmp_path: Path) -> None:
 
 
 def test_checkpoint_without_its_mark_does_not_exist(tmp_path: Path) -> None:
-    STATE.write(tmp_path)
+    STATE.write(tmp_path, FileSums(tmp_path))
     with pytest.raises(UsageError, match="not a complete checkpoint"):
+        TrainState.read(tmp_path)
+
+
+def test_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, replace(STATE, format=2))
+    with pytest.raises(UsageError, match="has checkpoint format 2, this version reads format 1"):
         TrainState.read(tmp_path)
 
 
