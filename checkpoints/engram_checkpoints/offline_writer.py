@@ -26,8 +26,7 @@ class OfflineWriter:
 
     def __init__(self, target: Path) -> None:
         """Raises `UsageError` where something stands at `target`; what an earlier try left half-written is removed."""
-        if target.exists():
-            raise UsageError(f"{target} exists already; choose another target, or remove it first")
+        check_is_new(target)
         self.target = target
         self.folder = target.with_name(target.name + ".partial")
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -56,3 +55,9 @@ class OfflineWriter:
         state.write(self.folder, self.sums)
         complete(self.folder, self.sums.flush())
         self.folder.rename(self.target)
+
+
+def check_is_new(target: Path) -> None:
+    """Raise `UsageError` where something stands at `target`."""
+    if target.exists():
+        raise UsageError(f"{target} exists already; choose another target, or remove it first")

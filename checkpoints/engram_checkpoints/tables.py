@@ -26,7 +26,7 @@ def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = Fals
     any number of ranks wrote, in blocks of any size.
 
     `weights_only` takes the weights, as of the last step, and starts the optimizer anew, whatever optimizer trained
-    them.
+    them. Tables that no step has moved yet go on being made from the seed.
     Raises `UsageError` where there is no such group, where its total_rows, row_dim, dtype or (unless `weights_only`)
     update is another, for a damaged or missing chunk, which it names, and where a lazy shard cannot hold what the group
     has.
@@ -34,20 +34,22 @@ def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = Fals
     shard, reader = optimizer.shard, TableReader(path)
     _check_fits(reader, shard, None if weights_only else optimizer.rule)
     initial = reader.description.initial
-    if shard.commit == "lazy" and (weights_only or initial is None):
+    if weights_only and reader.description.step_count > 0:
+        initial = None
+    if shard.commit == "lazy" and initial is None:
         raise UsageError(
             f"tables.commit = lazy makes rows from the seed until they are updated, but those of {path} were started "
             "from another checkpoint (checkpoint.init_from); set tables.commit=eager"
         )
     shard.take_space()
     optimizer.restore(np.empty(0) if weights_only else reader.learning_rates())
-    shard.initial = None if weights_only or initial is None else InitialRows(**initial)
+    shard.initial = None if initial is None else InitialRows(**initial)
     shard.touched_rows = 0
     catch_up = reader.catch_up() if weights_only else None
     for block in shard.layout.blocks(shard.shard):
         for start, stop in reader.pieces(block.start, block.stop):
             piece = Block(block.number, start, stop, block.local_start + start - block.start)
-            if weights_only:
+            if weights_only and initial is None:
                 values = without_history(reader.weights(start, stop, catch_up), shard.moments)
                 shard.write(np.arange(piece.num_rows) + piece.local_start, values)
             else:
