@@ -7,7 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from engram_checkpoints.checkpoint_files import FileSums
-from engram_checkpoints.table_format import TableDescription, TableWriter, create
+from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_writer import TableWriter
 from engram_checkpoints.tables import write_shard
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
 
@@ -19,5 +20,6 @@ def save_tables(path: Path, optimizer: RowOptimizer) -> Path:
         create(path, description, optimizer.learning_rates, sums)
     if dist.is_initialized():
         dist.barrier()
-    write_shard(TableWriter(path, description, sums), optimizer.shard)
+    with TableWriter(path, description, sums) as writer:
+        write_shard(writer, optimizer.shard)
     return path

@@ -12,7 +12,8 @@ import numpy as np
 import psutil
 
 from engram_checkpoints.checkpoint_files import FileSums
-from engram_checkpoints.table_format import TableDescription, TableWriter, create
+from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_writer import TableWriter
 from engram_checkpoints.tables import load_shard, write_shard
 from engram_kernels.catch_up import CatchUp
 from engram_megatron import platform
@@ -43,7 +44,8 @@ def start_and_save(rank: int, world_size: int, path: Path) -> Peak:
     adam.step(RowGradients.summed(rows, [np.full((rows.size, ROW_DIM), 1e-3, np.float32)]), 1e-3)
     description, sums = TableDescription.of(adam), FileSums(path.parent)
     create(path, description, adam.learning_rates, sums)
-    write_shard(TableWriter(path, description, sums), adam.shard)
+    with TableWriter(path, description, sums) as writer:
+        write_shard(writer, adam.shard)
     return Peak(adam.shard.memory.resident_bytes(), _peak() - before - rows.size * ROW_DIM * 4)
 
 

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from engram_checkpoints.backbone import load_backbone, load_backbone_weights, save_backbone
 from engram_checkpoints.checkpoint_files import COMPLETE, FileSum, FileSums, complete, damages, read_manifest
-from engram_checkpoints.table_format import TableDescription, TableWriter, create, is_table_chunk
+from engram_checkpoints.table_format import TableDescription, create, is_table_chunk
+from engram_checkpoints.table_writer import TableWriter
 from engram_checkpoints.tables import load_shard, write_shard
 from engram_checkpoints.train_state import TrainState
 from engram_data.corpus import Corpus
@@ -102,7 +103,8 @@ class Checkpointer:
         if self.ranks.is_first:
             create(path, description, memory.optimizer.learning_rates, sums)
         self._barrier()
-        write_shard(TableWriter(path, description, sums), memory.shard)
+        with TableWriter(path, description, sums) as writer:
+            write_shard(writer, memory.shard)
 
     def load(self, path: Path) -> TrainState:
         """Continue from `path`, bit for bit (`preflight` has compared configs and hash identities).
