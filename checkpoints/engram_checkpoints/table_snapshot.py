@@ -10,42 +10,54 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_checkpoints.checkpoint_files import FileSums
 from engram_checkpoints.staged_rows import StagedRows
+from engram_checkpoints.table_format import TableDescription, TableWriter, create
 from engram_kernels.row_state import RowState
+from engram_megatron.optimizer.row_optimizer import RowOptimizer
 from engram_megatron.tables.row_layout import Block
-from engram_megatron.tables.table_shard import TableShard
 
 Int64 = NDArray[np.int64]
 ROWS_AT_ONCE = 65536  # that an update looks at before the writer has its turn
 
 
 class TableSnapshot:
-    """The rows of `shard` as they stand when this is made, at rest. Call `write` in any thread, `close` in any case.
+    """The rows that `optimizer` updates as they stand when this is made, at rest. Call `write` in any thread, `close`
+    in any case.
 
     Updates keep copies of at most `staging_bytes`, then they wait for the writer; with 0 they wait for every row that
     is not copied yet. `stall_s`: seconds that updates have spent on copies and waits.
     """
 
-    def __init__(self, shard: TableShard, staging_bytes: int) -> None:
-        assert shard.observer is None, "one snapshot at a time"
-        self.shard = shard
+    def __init__(self, optimizer: RowOptimizer, staging_bytes: int = 0) -> None:
+        self.shard = optimizer.shard
+        self.description = TableDescription.of(optimizer)
+        self.learning_rates = optimizer.learning_rates.copy()
         self.stall_s = 0.0
-        self._staged = StagedRows(shard.store, staging_bytes)
+        self._staged = StagedRows(self.shard.store, staging_bytes)
         self._next_row = 0  # the first row (of the shard's numbers) that the writer has not copied
         self._progress = threading.Condition()  # of the writer; guards the two above
-        shard.observer = self
+        assert self.shard.observer is None, "one snapshot at a time"
+        self.shard.observer = self
 
-    def write(self, write_block: Callable[[Block, RowState], Any]) -> None:
-        """Call `write_block` with each block and a copy of its rows, as `TableShard.exact` gives them but for the
-        weights of rows that never had a gradient and that the shard makes from the seed."""
+    def create(self, path: Path, sums: FileSums) -> None:
+        """Make the group at `path` without its rows: on one rank, before any writes."""
+        create(path, self.description, self.learning_rates, sums)
+
+    def write(self, writer: TableWriter) -> None:
+        """Write the rows of this rank, one block at a time.
+
+        Raises `OSError` where the disk does not take them.
+        """
         for block in self.shard.layout.blocks(self.shard.shard):
-            write_block(block, self._copy(block).exact())
+            rows = self._copy(block)
+            if writer.write_last_step(block.start, rows.last_step):
+                writer.write_rows(block.start, rows.exact() if rows.is_split else rows)
 
     def close(self) -> None:
         """Let updates go on freely, whether everything was written or not."""
@@ -89,10 +101,13 @@ class TableSnapshot:
                 rows = rows[:first]
 
     def _copy(self, block: Block) -> RowState:
-        """The rows of a block as they were; from now on they may change."""
+        """The rows of a block as they were, with anything in place of those that are not to be stored; from now on they
+        may change."""
         store, local = self.shard.store, block.local
         rows = store.format.empty(block.num_rows)
-        store.copy_to(np.arange(local.start, local.stop), rows, np.arange(block.num_rows))
+        rows.last_step[:] = store.last_step[local]  # or later ones: what was not stored then may be now
+        at = np.flatnonzero(self.description.is_stored(rows.last_step))
+        store.copy_to(local.start + at, rows, at)
         with self._progress:
             self._staged.take_into(rows, local)
             self._next_row = max(self._next_row, local.stop)
