@@ -1,4 +1,4 @@
-"""One rank's rows of the tables to and from disk (`table_format` says what stands there)."""
+"""One rank's rows of the tables from disk (`table_format` says what stands there)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from engram_checkpoints.table_reader import TableReader
-from engram_checkpoints.table_writer import TableWriter
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
 from engram_megatron.tables.row_layout import Block
 from engram_megatron.tables.table_shard import InitialRows, TableShard, without_history
-
-
-def write_shard(writer: TableWriter, shard: TableShard) -> None:
-    """Write this rank's rows, one block at a time."""
-    for block in shard.layout.blocks(shard.shard):
-        if writer.write_last_step(block.start, shard.last_step[block.local]):
-            writer.write_rows(block.start, shard.exact(np.arange(block.local.start, block.local.stop)))
 
 
 def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = False) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from engram_checkpoints.checkpoint_files import FileSums
-from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_snapshot import TableSnapshot
 from engram_checkpoints.table_writer import TableWriter
-from engram_checkpoints.tables import load_shard, write_shard
+from engram_checkpoints.tables import load_shard
 from engram_kernels.catch_up import CatchUp
 from engram_megatron.benchmarks.measure import Comparison, interleaved
 from engram_megatron.optimizer.row_adam import RowAdam
@@ -38,10 +38,11 @@ def trained_tables(num_rows: int) -> RowAdam:
 
 def save(path: Path, adam: RowAdam) -> None:
     """As a checkpoint does it, until all is on disk."""
-    description, sums = TableDescription.of(adam), FileSums(path.parent)
-    create(path, description, adam.learning_rates, sums)
-    with TableWriter(path, description, sums) as writer:
-        write_shard(writer, adam.shard)
+    snapshot, sums = TableSnapshot(adam), FileSums(path.parent)
+    snapshot.create(path, sums)
+    with TableWriter(path, snapshot.description, sums) as writer:
+        snapshot.write(writer)
+    snapshot.close()
     sums.flush()
 
 
