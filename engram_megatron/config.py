@@ -260,10 +260,12 @@ class CheckpointConfig:
     # Of memory per rank for copies of table rows that are updated before they are written; an update that needs more
     # waits for the writer. 0: it waits for each of its rows
     staging_bytes: int = free(1 << 30)
+    # Saves between two full ones that hold, of the tables, the rows that changed since the full one; 0: all are full
+    deltas_between_full: int = free(0)
     init_from: str = ""  # a checkpoint folder whose weights (and tables) start this run; nothing else is taken
 
     def validate(self) -> None:
-        for name in ("every_steps", "keep_last", "keep_every_steps", "staging_bytes"):
+        for name in ("every_steps", "keep_last", "keep_every_steps", "staging_bytes", "deltas_between_full"):
             check(getattr(self, name) >= 0, f"checkpoint.{name} = {getattr(self, name)} must not be negative")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from engram_checkpoints.checkpoint_files import FileSums
 from engram_checkpoints.staged_rows import StagedRows
-from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_format import Base, TableDescription, create
 from engram_checkpoints.table_writer import TableWriter
 from engram_kernels.row_state import RowState
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
@@ -32,12 +33,13 @@ class TableSnapshot:
     in any case.
 
     Updates keep copies of at most `staging_bytes`, then they wait for the writer; with 0 they wait for every row that
-    is not copied yet. `stall_s`: seconds that updates have spent on copies and waits.
+    is not copied yet. With `base` only rows that changed since are written. `stall_s`: seconds that updates have spent
+    on copies and waits.
     """
 
-    def __init__(self, optimizer: RowOptimizer, staging_bytes: int = 0) -> None:
+    def __init__(self, optimizer: RowOptimizer, staging_bytes: int = 0, base: Base | None = None) -> None:
         self.shard = optimizer.shard
-        self.description = TableDescription.of(optimizer)
+        self.description = replace(TableDescription.of(optimizer), base=base)
         self.learning_rates = optimizer.learning_rates.copy()
         self.stall_s = 0.0
         self._staged = StagedRows(self.shard.store, staging_bytes)

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from torch import nn
 
 from engram_checkpoints.backbone import BackboneSnapshot, load_backbone, load_backbone_weights
 from engram_checkpoints.checkpoint_files import damages, read_manifest
-from engram_checkpoints.table_format import is_table_chunk
+from engram_checkpoints.deltas import is_worthwhile, next_base
+from engram_checkpoints.table_format import Base, is_table_chunk
 from engram_checkpoints.table_snapshot import TableSnapshot
 from engram_checkpoints.tables import load_shard
 from engram_checkpoints.train_state import TrainState
@@ -33,7 +35,7 @@ from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.overrides import to_dict
 from engram_megatron.training.checkpoint_writer import BACKBONE, TABLES, CheckpointWriter, Snapshot
 from engram_megatron.training.conditional_memory import ConditionalMemory
-from engram_megatron.training.parallel import Ranks
+from engram_megatron.training.parallel import Ranks, sum_over_ranks
 from engram_megatron.training.run_folder import RunFolder
 
 
@@ -67,9 +69,26 @@ class Checkpointer:
             path=self.folder.checkpoint(step),
             state=self._state(step, tokens_seen),
             backbone=BackboneSnapshot(self.chunks, self.optimizer),
-            tables=None if memory is None else TableSnapshot(memory.optimizer, self.config.checkpoint.staging_bytes),
+            tables=None if memory is None else self._table_snapshot(memory),
         )
         self.writer.write(snapshot, wait=wait)
+
+    def _table_snapshot(self, memory: ConditionalMemory) -> TableSnapshot:
+        optimizer, options = memory.optimizer, self.config.checkpoint
+        base: Base | None = None
+        # Balanced momentum moves every row in every step, without a trace in its last step.
+        if optimizer.rule != "sinkhorn":
+            found: list[Base | None] = [None]
+            if self.ranks.is_first:
+                complete = self.folder.complete_checkpoints()
+                found = [next_base(complete, options.deltas_between_full, optimizer.step_count)]
+            dist.broadcast_object_list(found, src=0, group=self.ranks.host_group)
+            (base,) = found
+        if base is not None:
+            changed = np.count_nonzero(memory.shard.last_step > base.step_count)
+            total = sum_over_ranks([float(changed), float(memory.shard.touched_rows)], self.ranks)
+            base = base if is_worthwhile(*total) else None
+        return TableSnapshot(optimizer, options.staging_bytes, base)
 
     def load(self, path: Path) -> TrainState:
         """Continue from `path`, bit for bit (`preflight` has compared configs and hash identities).

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_checkpoints.checkpoint_files import COMPLETE
+from engram_checkpoints.deltas import bases_of
 from engram_megatron.config import CheckpointConfig, RunConfig
 from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
@@ -102,7 +103,7 @@ class RunFolder:
 
     def remove_old_checkpoints(self, keep: CheckpointConfig) -> None:
         """Remove all but the newest `keep_last` complete checkpoints (0 keeps all) and those of every
-        `keep_every_steps`-th step, and older incomplete ones.
+        `keep_every_steps`-th step and what those are deltas of, and older incomplete ones.
 
         COMPLETE goes first, so that a removal cut short never leaves a folder that looks whole.
         """
@@ -111,6 +112,8 @@ class RunFolder:
         stale = complete[: -keep.keep_last] if keep.keep_last else []
         if keep.keep_every_steps:
             stale = [path for path in stale if _step(path) % keep.keep_every_steps]
+        bases = bases_of([path for path in complete if path not in stale])
+        stale = [path for path in stale if path not in bases]
         stale += [p for p in self.checkpoints.glob("step_*") if newest and p < newest and p not in complete]
         for path in stale:
             (path / COMPLETE).unlink(missing_ok=True)

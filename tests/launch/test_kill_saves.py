@@ -69,7 +69,11 @@ def _start_and_kill(run_dir: Path, corpus: Path, instant: random.Random, *option
 
 
 @pytest.mark.timeout(60 * KILLS + 600)
-@pytest.mark.parametrize("options", [()], ids=["synchronous"])
+@pytest.mark.parametrize(
+    "options",
+    [("checkpoint.asynchronous=false",), ("checkpoint.staging_bytes=20000", "checkpoint.deltas_between_full=2")],
+    ids=["waited_for", "beside_training_with_deltas"],
+)
 def test_killed_run_goes_on_from_its_newest_save_as_if_nothing_had_happened(
     tiny_corpus: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
