@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -86,6 +87,7 @@ class TableWriter:
                 written = 0
                 while written < len(part):  # a raw file may take a part only
                     written += stream.write(memoryview(part)[written:])
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # Linux begins to write it to the disk now
         crc32c = google_crc32c.extend(int.from_bytes(check, "little"), check)
         self._sums.add(path, FileSum(len(content) + len(check), crc32c))
 
