@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from engram_checkpoints.backbone import load_backbone, save_backbone
 from engram_checkpoints.checkpoint_files import FileSums
-from engram_checkpoints.table_format import TableDescription, TableWriter, create
+from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_writer import TableWriter
 from engram_checkpoints.tables import load_shard, write_shard
 from engram_megatron.config import RunConfig
 from engram_megatron.layouts.checkpoint_contents import BACKBONE, TABLES
@@ -61,7 +62,8 @@ def save(run: SmallRun, folder: Path) -> None:
         if run.ranks.is_first:
             create(folder / TABLES, description, rows.learning_rates, sums)
         dist.barrier()
-        write_shard(TableWriter(folder / TABLES, description, sums), run.memory.shard)
+        with TableWriter(folder / TABLES, description, sums) as writer:
+            write_shard(writer, run.memory.shard)
     dist.barrier()
 
 
