@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from engram_checkpoints.backbone import load_backbone, save_backbone
 from engram_checkpoints.checkpoint_files import FileSums
-from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_snapshot import TableSnapshot
 from engram_checkpoints.table_writer import TableWriter
-from engram_checkpoints.tables import load_shard, write_shard
+from engram_checkpoints.tables import load_shard
 from engram_megatron.config import RunConfig
 from engram_megatron.layouts.checkpoint_contents import BACKBONE, TABLES
 from engram_megatron.layouts.judge import FLOAT32_DRAWS
@@ -52,18 +52,18 @@ def train_alone(rank: int, world_size: int, float64: RunConfig, float32: RunConf
 
 
 def save(run: SmallRun, folder: Path) -> None:
-    """Backbone and tables, as `Checkpointer` writes them. Collective."""
+    """Backbone and tables, as a checkpoint has them. Collective."""
     sums = FileSums(folder)
     save_backbone(folder / BACKBONE, run.chunks, run.optimizer, sums)
     if run.memory is not None:
         run.memory.finish()
-        rows = run.memory.optimizer
-        description = TableDescription.of(rows)
+        snapshot = TableSnapshot(run.memory.optimizer)
         if run.ranks.is_first:
-            create(folder / TABLES, description, rows.learning_rates, sums)
+            snapshot.create(folder / TABLES, sums)
         dist.barrier()
-        with TableWriter(folder / TABLES, description, sums) as writer:
-            write_shard(writer, run.memory.shard)
+        with TableWriter(folder / TABLES, snapshot.description, sums) as writer:
+            snapshot.write(writer)
+        snapshot.close()
     dist.barrier()
 
 
