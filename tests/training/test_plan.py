@@ -91,7 +91,7 @@ def test_tables_on_nvme_are_counted_on_the_disk_and_their_hot_rows_in_memory() -
     assert "Host tables of the whole job: 7.18 GiB; on NVMe: 64.80 GiB." in text
     lines = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in _section(text, "Memory per rank")}
     assert lines["host tables with moments"] == "0.90 GiB"
-    assert lines["tables on NVMe with moments"] == "8.09 GiB"
+    assert lines["tables on NVMe with moments"] == "8.10 GiB"
     assert "tables on NVMe" not in describe(preset("engram_27b"), 8)
 
 
