@@ -47,6 +47,11 @@ class TableReader:
         return TableReader(folder / self.path.name)
 
     @property
+    def base_folder(self) -> Path | None:
+        """The checkpoint that a delta is relative to."""
+        return None if self._base is None else self._base.path.parent
+
+    @property
     def wide(self) -> np.dtype[Any]:
         """Of weights and moments."""
         return np.dtype(self.description.dtype)
