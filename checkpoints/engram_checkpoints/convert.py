@@ -9,7 +9,7 @@ from typing import Any
 
 from engram_checkpoints.backbone_writer import PIECE_BYTES
 from engram_checkpoints.checkpoint_files import MANIFEST, sum_of
-from engram_checkpoints.checkpoint_source import CheckpointSource, Format, row_bytes
+from engram_checkpoints.checkpoint_source import CheckpointSource, Format, TableSource, row_bytes
 from engram_checkpoints.legacy_writer import LegacyWriter
 from engram_checkpoints.offline_writer import OfflineWriter
 from engram_checkpoints.open_checkpoint import open_checkpoint
@@ -17,14 +17,16 @@ from engram_checkpoints.table_format import TableDescription
 from engram_checkpoints.target_folder import TargetFolder
 from engram_checkpoints.torch_dist_format import write_torch_dist
 from engram_checkpoints.train_state import TrainState
+from engram_kernels.row_state import RowState
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import apply_overrides, from_dict, leaves, to_dict
 
-# Beside a piece as it was read lie its copy in the target's order, and what is being written; a block of rows is in
-# memory as stored and as it is read, once more for the base of a delta, and as it is written.
+# Beside a piece as it was read lie its copy in the target's order, and what is being written. A block of rows is in
+# memory as stored, decoded and as asked for, once more for the base of a delta; and while it is written, with others
+# that wait.
 _COPIES_OF_PIECE = 4
-_COPIES_OF_BLOCK = 4
+_READ_COPIES, _WRITE_COPIES = 4, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,16 +132,26 @@ def _with_block_rows(source: CheckpointSource, block_rows: int) -> CheckpointSou
 
 
 class _Reblocked:
-    """A `TableSource` with another description."""
+    """A `TableSource` with another description, read from beginning to end."""
 
-    def __init__(self, description: TableDescription, tables: Any) -> None:
-        self.description = description
-        self.rows, self.last_step, self.learning_rates = tables.rows, tables.last_step, tables.learning_rates
+    def __init__(self, description: TableDescription, tables: TableSource) -> None:
+        self.description, self._tables = description, tables
+        self.last_step, self.learning_rates, self.read_ahead = (
+            tables.last_step,
+            tables.learning_rates,
+            tables.read_ahead,
+        )
+
+    def rows(self, start: int, stop: int) -> RowState:
+        behind = min(2 * stop - start, self.description.total_rows)
+        if stop < behind:
+            self.read_ahead(stop, behind)
+        return self._tables.rows(start, stop)
 
 
 def _check_memory(description: TableDescription, block_rows: int, to: Format, memory_bytes: int) -> None:
-    rows = _COPIES_OF_BLOCK * description.block_rows * (1 if description.base is None else 2)
-    rows += _COPIES_OF_BLOCK * block_rows if to != "torch_dist" else 0
+    rows = _READ_COPIES * description.block_rows * (1 if description.base is None else 2)
+    rows += _WRITE_COPIES * block_rows if to != "torch_dist" else 0
     needed = row_bytes(description) * rows
     if needed > memory_bytes // 2:
         raise UsageError(

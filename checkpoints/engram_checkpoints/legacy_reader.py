@@ -134,6 +134,9 @@ class LegacyTables:
         self._read_rows(LAST_STEP, start, stop, out)
         return out
 
+    def read_ahead(self, start: int, stop: int) -> None:
+        """The system reads files ahead by itself."""
+
     def learning_rates(self) -> NDArray[np.float64]:
         stored = self._array(f"tables/{LEARNING_RATES}.pt")
         return np.asarray(_values(stored, 0, self.description.step_count).numpy())
@@ -171,7 +174,7 @@ def _with_state(
 def _values(stored: StoredTensor, first: int, stop: int) -> torch.Tensor:
     try:
         return stored.read(first, stop)
-    except OSError as error:
+    except (OSError, EOFError) as error:
         raise UsageError(f"{stored.file} cannot be read ({error}); use another checkpoint") from error
 
 

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_checkpoints.backbone_writer import BackboneWriter
-from engram_checkpoints.table_format import TableDescription, TableWriter, create
+from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_writer import TableWriter
 from engram_checkpoints.target_folder import TargetFolder
 from engram_checkpoints.train_state import TrainState
 from engram_kernels.row_state import RowState
 
 BACKBONE, TABLES = "backbone", "tables.zarr"
+_UNIT_BYTES = 128 * 1024**2  # of rows: what is written anew after a kill, at most
 
 
 class OfflineWriter:
@@ -50,16 +52,20 @@ class OfflineWriter:
             shutil.rmtree(path, ignore_errors=True)
             create(path, description, learning_rates, self.sums)
             self.sums.commit("tables")
-        writer = TableWriter(path, description, self.sums)
         row_bytes = description.row_dim * np.dtype(description.dtype).itemsize * (1 + description.num_moments)
-        for start in range(0, description.total_rows, description.block_rows):
-            stop = min(start + description.block_rows, description.total_rows)
-            if not self.sums.is_done(f"tables from row {start}"):
-                block = rows(start, stop)
-                if writer.write_last_step(start, block.last_step):
-                    writer.write_rows(start, block)
-                self.sums.commit(f"tables from row {start}")
-            self._on_bytes((stop - start) * row_bytes)
+        step = description.block_rows * max(1, _UNIT_BYTES // (description.block_rows * row_bytes))
+        for start in range(0, description.total_rows, step):
+            stop = min(start + step, description.total_rows)
+            if self.sums.is_done(f"tables from row {start}"):
+                self._on_bytes((stop - start) * row_bytes)
+                continue
+            with TableWriter(path, description, self.sums) as writer:
+                for first in range(start, stop, description.block_rows):
+                    block = rows(first, min(first + description.block_rows, stop))
+                    if writer.write_last_step(first, block.last_step):
+                        writer.write_rows(first, block)
+                    self._on_bytes(block.num_rows * row_bytes)
+            self.sums.commit(f"tables from row {start}")
 
     def finish(self, state: TrainState, num_steps: int) -> None:
         """`num_steps`: updates that the backbone's optimizer has done."""

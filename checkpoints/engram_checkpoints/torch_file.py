@@ -41,6 +41,10 @@ _STORAGES = {
 _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items()}
 
 
+class NotByRowsError(pickle.UnpicklingError):
+    """A tensor was saved as a view in which rows do not lie one after another."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor that lies in `file` from byte `offset` on, row after row."""
@@ -50,7 +54,7 @@ class StoredTensor:
     offset: int
 
     def read(self, first: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows first .. stop - 1; all of a tensor without rows. Raises `OSError` where the file is too short."""
+        """Rows first .. stop - 1; all of a tensor without rows. Raises `EOFError` where the file is too short."""
         shape = list(self.info.shape)
         start = self.offset
         if shape:
@@ -135,7 +139,7 @@ class _Unpickler(pickle.Unpickler):
         dtype, place = storage
         whole = _strides(shape)
         if any(size > 1 and step != wanted for size, step, wanted in zip(shape, stride, whole, strict=True)):
-            raise pickle.UnpicklingError("holds a tensor whose rows do not lie one after another")
+            raise NotByRowsError("holds a tensor whose rows do not lie one after another")
         return StoredTensor(self._file, TensorInfo(tuple(shape), dtype), place + first * dtype.itemsize)
 
 
@@ -151,7 +155,7 @@ def _read_into(file: Path, start: int, buffer: Any) -> None:
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], start + done)
             if count == 0:
-                raise OSError(f"{file} ends after {start + done} bytes")
+                raise EOFError(f"{file} ends after {start + done} bytes")
             done += count
     finally:
         os.close(descriptor)
