@@ -128,14 +128,13 @@ class LegacyWriter:
         return sorted({name.split(".")[1] for name in names if name.startswith("optimizer.")})
 
     def _write_rank(self, rank: LegacyRank, stream: Any) -> None:
-        writer = TorchFileWriter(stream, self._content(rank))
-        for planned in writer.tensors:
-            assert isinstance(planned, _Planned)
-            for part in planned.tensor.parts:
-                for values in self._part(part, planned):
-                    writer.write(values)
-                    self._on_bytes(values.nbytes)
-        writer.close()
+        with TorchFileWriter(stream, self._content(rank)) as writer:
+            for planned in writer.tensors:
+                assert isinstance(planned, _Planned)
+                for part in planned.tensor.parts:
+                    for values in self._part(part, planned):
+                        writer.write(values)
+                        self._on_bytes(values.nbytes)
 
     def _part(self, part: Part, planned: _Planned) -> Iterator[torch.Tensor]:
         name = stored_name(part, planned.state)
@@ -208,7 +207,8 @@ def _array_file(
     folder: TargetFolder, name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Iterator[TorchFileWriter]:
     """One tensor in a file of its own."""
-    with io.BufferedWriter(SummedFile(folder.folder / name, folder.sums)) as stream:
-        writer = TorchFileWriter(stream, PlannedTensor(TensorInfo(tuple(shape), dtype)))
+    with (
+        io.BufferedWriter(SummedFile(folder.folder / name, folder.sums)) as stream,
+        TorchFileWriter(stream, PlannedTensor(TensorInfo(tuple(shape), dtype))) as writer,
+    ):
         yield writer
-        writer.close()

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -170,7 +171,10 @@ class PlannedTensor:
 
 class TorchFileWriter:
     """Writes a file that `torch.load(weights_only=True)` reads: `content`, plain values, in which a `PlannedTensor`
-    stands for each tensor. `write` then takes the values of `tensors`, one after another, in pieces of any size."""
+    stands for each tensor. `write` then takes the values of `tensors`, one after another, in pieces of any size.
+
+    A context: the file is whole when it ends, and all values must have been written. After an error it is left as it
+    is."""
 
     def __init__(self, stream: Any, content: Any) -> None:
         self._stream = _CountedStream(stream)
@@ -197,10 +201,19 @@ class TorchFileWriter:
         if not self._missing:
             self._next()
 
-    def close(self) -> None:
-        """All values must have been written."""
-        assert self._number == len(self.tensors), f"{self._number} of {len(self.tensors)} tensors were written"
-        self._small("version", b"3\n")
+    def __enter__(self) -> TorchFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            assert self._number == len(self.tensors), f"{self._number} of {len(self.tensors)} tensors were written"
+            self._small("version", b"3\n")
+        else:
+            self._stream.is_broken = True
+            if self._member is not None:
+                self._member.close()
         self._archive.close()
 
     def _small(self, name: str, content: bytes) -> None:
@@ -262,12 +275,14 @@ class _CountedStream:
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.written = 0
+        self.is_broken = False  # nothing more is written
 
     def write(self, content: Any) -> int:
-        self._stream.write(content)
+        if not self.is_broken:
+            self._stream.write(content)
         count = len(content)
         self.written += count
         return count
 
     def flush(self) -> None:
-        self._stream.flush()
+        """The file's own buffer is flushed when it is closed."""

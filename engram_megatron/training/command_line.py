@@ -40,12 +40,13 @@ def parse(description: str | None) -> tuple[argparse.Namespace, RunConfig]:
     arguments = parser.parse_intermixed_args()
     config = apply_overrides(preset(arguments.preset), arguments.overrides)
     if arguments.profile:
-        config = replace(config, training=replace(config.training, **_profile_window(arguments.profile)))
+        first, stop = _profile_window(arguments.profile)
+        config = replace(config, training=replace(config.training, profile_start=first, profile_stop=stop))
     return arguments, config
 
 
 def check_set_aside(arguments: argparse.Namespace) -> None:
-    """Raise `UsageError` where `--set-aside-damaged` would do nothing: only a process that starts the ranks verifies."""
+    """Raise `UsageError` where `--set-aside-damaged` would do nothing: who starts the ranks verifies, nobody else."""
     if arguments.set_aside_damaged and ("RANK" in os.environ or not arguments.resume):
         raise UsageError(
             f"{SET_ASIDE} goes with --resume, where launch/train.py starts the ranks itself; under torchrun or mpirun "
@@ -58,8 +59,8 @@ def of_ranks(command: Sequence[str]) -> list[str]:
     return [word for word in command if word != SET_ASIDE]
 
 
-def _profile_window(text: str) -> dict[str, int]:
+def _profile_window(text: str) -> tuple[int, int]:
     start, _, stop = text.removeprefix("steps=").partition(":")
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
         raise UsageError(f"--profile {text!r} is not of the form steps=A:B with A < B")
-    return {"profile_start": int(start), "profile_stop": int(stop)}
+    return int(start), int(stop)
