@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from engram_checkpoints.backbone_reader import COMMON_STATE
 from engram_checkpoints.checkpoint_files import FileSums, SummedFile
+from engram_checkpoints.read_ahead import read_ahead
 from engram_checkpoints.tensor_source import TensorInfo, TensorSource, row_pieces
+from engram_checkpoints.torch_file import PlannedTensor, TorchFileWriter
 
 FILE_BYTES = 512 * 1024**2  # a file is closed when it has this many
 PIECE_BYTES = 64 * 1024**2  # of a tensor in memory at a time
@@ -63,6 +66,19 @@ class BackboneWriter:
             there = self.has(name, info, rows)
             self.add_rows(name, info, rows, absent(info, rows) if there else source.read(source_name, rows))
 
+    def add_all(self, source: TensorSource) -> None:
+        """Copy all tensors of `source` under their names; one piece is read while the one before is written."""
+        pieces = [
+            (name, info, rows) for name, info in source.tensors.items() for rows in row_pieces(info, self.piece_bytes)
+        ]
+
+        def read(name: str, info: TensorInfo, rows: slice) -> torch.Tensor:
+            return absent(info, rows) if self.has(name, info, rows) else source.read(name, rows)
+
+        values = read_ahead(partial(read, *piece) for piece in pieces)
+        for (name, info, rows), of_piece in zip(pieces, values, strict=True):
+            self.add_rows(name, info, rows, of_piece)
+
     def has(self, name: str, info: TensorInfo, rows: slice) -> bool:
         """Whether an earlier try has written this piece: `add_rows` then looks at the shape of its values alone."""
         return MetadataIndex(name, _offsets(info, rows)) in self._places
@@ -74,8 +90,6 @@ class BackboneWriter:
         offsets = _offsets(info, rows)
         index = MetadataIndex(name, offsets)
         if index not in self._places:
-            if content.untyped_storage().nbytes() != content.nbytes:
-                content = content.clone()  # torch.save would write the whole storage
             place = self._write(index, content)
             self._pieces.append([name, list(offsets), place.relative_path, place.offset, place.length])
         properties = TensorProperties(info.dtype)
@@ -102,7 +116,14 @@ class BackboneWriter:
         if self._file is None:
             self._file = io.BufferedWriter(SummedFile(self.folder / name, self._sums))
         start = self._file.tell()
-        torch.save(content, self._file)
+        if isinstance(content, torch.Tensor):
+            # torch.save makes another error of one that the disk raises.
+            with TorchFileWriter(self._file, PlannedTensor(TensorInfo(tuple(content.shape), content.dtype))) as writer:
+                writer.write(content)
+        else:
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            self._file.write(buffer.getvalue())
         self._places[index] = place = _StorageInfo(name, start, self._file.tell() - start)
         return place
 

@@ -22,11 +22,11 @@ from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import apply_overrides, from_dict, leaves, to_dict
 
-# Beside a piece as it was read lie its copy in the target's order, and what is being written. A block of rows is in
-# memory as stored, decoded and as asked for, once more for the base of a delta; and while it is written, with others
-# that wait.
-_COPIES_OF_PIECE = 4
-_READ_COPIES, _WRITE_COPIES = 4, 6
+# Beside a piece as it was read lie the next one, its copy in the target's order, and what is being written. A block of
+# rows is in memory as stored, decoded and as asked for, once more for the base of a delta; and while it is written,
+# with others that wait.
+_COPIES_OF_PIECE = 5
+_READ_COPIES, _WRITE_COPIES = 4, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,7 @@ def convert(plan: Conversion, on_start: Callable[[int], None], on_bytes: Callabl
 
 def _write_ours(source: CheckpointSource, plan: Conversion, on_bytes: Callable[[int], None]) -> None:
     writer = OfflineWriter(plan.target, plan.job, plan.piece_bytes, on_bytes)
-    for name in source.backbone.tensors:
-        writer.backbone.add(name, source.backbone)
+    writer.backbone.add_all(source.backbone)
     if source.tables is not None:
         writer.write_tables(source.tables.description, source.tables.learning_rates(), source.tables.rows)
     writer.finish(plan.state, source.num_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_checkpoints.backbone_writer import BackboneWriter
+from engram_checkpoints.read_ahead import read_ahead
 from engram_checkpoints.table_format import TableDescription, create
 from engram_checkpoints.table_writer import TableWriter
 from engram_checkpoints.target_folder import TargetFolder
@@ -46,7 +48,8 @@ class OfflineWriter:
         learning_rates: NDArray[np.float64],
         rows: Callable[[int, int], RowState],
     ) -> None:
-        """Write all blocks; `rows(start, stop)` gives rows start .. stop - 1, a copy, as `RowState.exact` does."""
+        """Write all blocks; `rows(start, stop)` gives rows start .. stop - 1, a copy, as `RowState.exact` does. It is
+        called in a thread, in the order of rows."""
         path = self.folder / TABLES
         if not self.sums.is_done("tables"):
             shutil.rmtree(path, ignore_errors=True)
@@ -60,8 +63,9 @@ class OfflineWriter:
                 self._on_bytes((stop - start) * row_bytes)
                 continue
             with TableWriter(path, description, self.sums) as writer:
-                for first in range(start, stop, description.block_rows):
-                    block = rows(first, min(first + description.block_rows, stop))
+                firsts = range(start, stop, description.block_rows)
+                blocks = read_ahead(partial(rows, at, min(at + description.block_rows, stop)) for at in firsts)
+                for first, block in zip(firsts, blocks, strict=True):
                     if writer.write_last_step(first, block.last_step):
                         writer.write_rows(first, block)
                     self._on_bytes(block.num_rows * row_bytes)

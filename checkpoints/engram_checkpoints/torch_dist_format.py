@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import torch
 from engram_checkpoints.backbone_reader import BackboneReader
 from engram_checkpoints.backbone_writer import PIECE_BYTES, BackboneWriter, absent
 from engram_checkpoints.checkpoint_files import is_complete, read_manifest
-from engram_checkpoints.checkpoint_source import CheckpointSource, row_bytes
+from engram_checkpoints.checkpoint_source import CheckpointSource, TableSource, row_bytes
+from engram_checkpoints.read_ahead import read_ahead
 from engram_checkpoints.table_format import LEARNING_RATES, Base, TableDescription
 from engram_checkpoints.target_folder import TargetFolder
-from engram_checkpoints.tensor_source import TensorInfo, TensorSource
+from engram_checkpoints.tensor_source import TensorSource
 from engram_checkpoints.tensor_tables import TensorTables, row_tensors, table_tensors, tensor_name
 from engram_checkpoints.train_state import TrainState
 from engram_checkpoints.verified_files import VerifiedFiles
@@ -99,31 +101,29 @@ def write_torch_dist(
     """Write `source`, with `state` as its state. See `OfflineWriter` for the arguments and what is raised."""
     folder = TargetFolder(target, job, iteration_folder(state.step))
     writer = BackboneWriter(folder.folder, folder.sums, piece_bytes, on_bytes)
-    for name in source.backbone.tensors:
-        writer.add(name, source.backbone)
+    writer.add_all(source.backbone)
     description = None if source.tables is None else source.tables.description
-    if source.tables is not None and description is not None:
-        tensors = table_tensors(description)
-        step = max(1, piece_bytes // row_bytes(description))
-        for start in range(0, description.total_rows, step):
-            _add_rows(writer, tensors, source, start, min(start + step, description.total_rows))
-        rates = source.tables.learning_rates()
-        if rates.size:
-            name = tensor_name(LEARNING_RATES)
-            writer.add_rows(name, tensors[name], slice(0, rates.size), torch.from_numpy(rates))
+    if source.tables is not None:
+        _add_tables(writer, source.tables)
     writer.close(source.num_steps, our_state(state, description))
     folder.finish({TRACKER: f"{state.step}\n"})
 
 
-def _add_rows(
-    writer: BackboneWriter, tensors: dict[str, TensorInfo], source: CheckpointSource, start: int, stop: int
-) -> None:
-    assert source.tables is not None
-    span = slice(start, stop)
-    names = [name for name in tensors if name != tensor_name(LEARNING_RATES)]
-    if all(writer.has(name, tensors[name], span) for name in names):
-        values = {name: absent(tensors[name], span) for name in names}
-    else:
-        values = row_tensors(source.tables.description, source.tables.rows(start, stop))
-    for name in names:
-        writer.add_rows(name, tensors[name], span, values[name])
+def _add_tables(writer: BackboneWriter, tables: TableSource) -> None:
+    tensors = table_tensors(tables.description)
+    rates = tables.learning_rates()
+    if rates.size:
+        name = tensor_name(LEARNING_RATES)
+        writer.add_rows(name, tensors.pop(name), slice(0, rates.size), torch.from_numpy(rates))
+    total = tables.description.total_rows
+    step = max(1, writer.piece_bytes // row_bytes(tables.description))
+    spans = [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+    def read(span: slice) -> dict[str, torch.Tensor]:
+        if all(writer.has(name, info, span) for name, info in tensors.items()):
+            return {name: absent(info, span) for name, info in tensors.items()}
+        return row_tensors(tables.description, tables.rows(span.start, span.stop))
+
+    for span, values in zip(spans, read_ahead(partial(read, span) for span in spans), strict=True):
+        for name, info in tensors.items():
+            writer.add_rows(name, info, span, values[name])

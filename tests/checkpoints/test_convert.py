@@ -41,9 +41,13 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "layout"), [("torch_dist", ()), *(("legacy", overrides) for overrides in LAYOUTS.values())],
+    ("to", "layout"),
+    [
+        ("torch_dist", ()),
+        *(pytest.param("legacy", of, marks=[pytest.mark.slow] * (name == "TP4")) for name, of in LAYOUTS.items()),
+    ],
     ids=["torch_dist", *LAYOUTS],
-)  # fmt: skip
+)
 def test_there_and_back_is_the_same_to_the_bit(
     saved_checkpoint: Path, tmp_path: Path, to: Any, layout: tuple[str, ...]
 ) -> None:
