@@ -6,25 +6,16 @@ rank wrote would each read all of it, and a program that reads a vocabulary by r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-
-class _Stored(NamedTuple):
-    """A piece as it stands in its file, row by row from byte `start` on."""
-
-    start: int
-    shape: Sequence[int]
-    dtype: torch.dtype
+from engram_checkpoints.torch_file import NotByRowsError, StoredTensor, read_torch_file
 
 
 class PieceReader(FileSystemReader):
@@ -52,29 +43,16 @@ class PieceReader(FileSystemReader):
         info = self.storage_data[item.storage_index]
         if info.transform_descriptors:  # compressed by somebody's extension
             return False
-        with self.fs.create_stream(self.fs.concat_path(self.path, info.relative_path), "rb") as file:
-            stored = _find(self._slice_file(file, info))
-            if stored is None:
-                return False
-            row_bytes = prod(stored.shape[1:]) * stored.dtype.itemsize
-            content = torch.empty(item.lengths[0] * row_bytes, dtype=torch.uint8)
-            file.seek(info.offset + stored.start + item.storage_offsets[0] * row_bytes)
-            if file.readinto(content.numpy()) != content.numel():  # type: ignore[attr-defined]
-                raise EOFError(f"{info.relative_path} ends within {item.storage_index.fqn}")
-        rows = content.view(stored.dtype).view(item.lengths[0], *stored.shape[1:])
+        try:
+            stored = read_torch_file(Path(self.path) / info.relative_path, info.offset, info.length)
+        except NotByRowsError:
+            return False
+        assert isinstance(stored, StoredTensor), item
+        first = item.storage_offsets[0]
+        rows = stored.read(first, first + item.lengths[0])
         for dimension in range(1, rows.ndim):
             rows = rows.narrow(dimension, item.storage_offsets[dimension], item.lengths[dimension])
         target = planner.resolve_tensor(item).detach()
         target.copy_(rows)
         planner.commit_tensor(item, target)
         return True
-
-
-def _find(piece: Any) -> _Stored | None:
-    """Where the numbers of a piece lie in its part of the file; None where they do not lie row by row."""
-    with FakeTensorMode():  # reads what is said of the tensor, not its numbers
-        tensor = torch.load(piece, map_location="cpu", weights_only=True)
-    if not tensor.is_contiguous():
-        return None
-    start: int = tensor.untyped_storage()._checkpoint_offset
-    return _Stored(start + tensor.storage_offset() * tensor.element_size(), tensor.shape, tensor.dtype)

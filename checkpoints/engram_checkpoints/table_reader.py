@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,11 @@ class TableReader:
         return TableReader(folder / self.path.name)
 
     @property
+    def base_folder(self) -> Path | None:
+        """The checkpoint that a delta is relative to."""
+        return None if self._base is None else self._base.path.parent
+
+    @property
     def wide(self) -> np.dtype[Any]:
         """Of weights and moments."""
         return np.dtype(self.description.dtype)
@@ -73,6 +80,16 @@ class TableReader:
         size = self.description.block_rows
         borders = range(start // size * size, stop, size)
         return [(max(first, start), min(first + size, stop)) for first in borders]
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Say that rows start .. stop - 1 will be read soon."""
+        for first, _ in self.pieces(start, stop):
+            for name in (LAST_STEP, WEIGHT, *self.description.moments):
+                path = self.path / chunk_file(name, first // self.description.block_rows)
+                with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        if self._base is not None:
+            self._base.read_ahead(start, stop)
 
     def last_step(self, start: int, stop: int) -> NDArray[np.int32]:
         """Of rows start .. stop - 1."""

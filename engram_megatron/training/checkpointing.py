@@ -37,6 +37,7 @@ from engram_megatron.training.checkpoint_writer import BACKBONE, TABLES, Checkpo
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.parallel import Ranks, sum_over_ranks
 from engram_megatron.training.run_folder import RunFolder
+from engram_megatron.training.train_state import advice_on_damage
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +97,11 @@ class Checkpointer:
         Raises:
             UsageError: a tensor or chunk is missing, damaged or of another shape.
         """
-        state = TrainState.read(path)
-        self._check_files(path)
-        load_backbone(path / BACKBONE, self.chunks, self.optimizer)
-        self._load_tables(path, weights_only=False)
+        with advice_on_damage():
+            state = TrainState.read(path)
+            self._check_files(path)
+            load_backbone(path / BACKBONE, self.chunks, self.optimizer)
+            self._load_tables(path, weights_only=False)
         return state
 
     def load_weights(self, path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from engram_checkpoints.checkpoint_files import COMPLETE
 from engram_checkpoints.deltas import bases_of
+from engram_checkpoints.run_checkpoints import complete_checkpoints
 from engram_megatron.config import CheckpointConfig, RunConfig
 from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
@@ -99,7 +100,7 @@ class RunFolder:
 
     def complete_checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path.parent for path in self.checkpoints.glob(f"step_*/{COMPLETE}"))
+        return complete_checkpoints(self.path)
 
     def remove_old_checkpoints(self, keep: CheckpointConfig) -> None:
         """Remove all but the newest `keep_last` complete checkpoints (0 keeps all) and those of every

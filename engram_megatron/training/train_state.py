@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,18 @@ from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.hashing.ngram_hasher import identity_difference
 from engram_megatron.training.run_folder import check_resumable
+
+
+@contextmanager
+def advice_on_damage() -> Iterator[None]:
+    """Around the reading of the checkpoint that a run continues from: an error says how to take the one before."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; if it is damaged, --resume --set-aside-damaged takes the one before (under torchrun first run "
+            "launch/verify_checkpoint.py RUN_DIR --set-aside)"
+        ) from error
 
 
 def check_resume(state: TrainState, config: RunConfig, corpus_fingerprint: str) -> None:

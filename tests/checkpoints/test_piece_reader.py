@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 from ranks import run_ranks
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from engram_checkpoints.backbone_reader import _IntoTensor
 from engram_checkpoints.piece_reader import PieceReader
 from engram_megatron.layouts.matrix import Layout
 from engram_megatron.layouts.small_model import small_model_config
@@ -29,6 +29,24 @@ TENSORS = {
     "transposed": NUMBERS.view(5000, 60).t(),
     "rows of a larger one": torch.arange(120 * 5000.0).view(120, 5000)[30:90],
 }
+
+
+class IntoTensor(LoadPlanner):
+    """Takes what is read into `out`."""
+
+    set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = None  # type: ignore
+
+    def __init__(self, out: torch.Tensor) -> None:
+        self._out = out
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        view = self._out
+        for dimension, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(dimension, offset, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +75,7 @@ def read(folder: Path, name: str, *spans: slice) -> tuple[torch.Tensor, int]:
     out = torch.empty(sizes, dtype=stored.properties.dtype)
     items = create_read_items_for_chunk_list(name, stored, [ChunkStorageMetadata(offsets, sizes)])
     before = bytes_read()
-    reader.read_data(LoadPlan(items), _IntoTensor(out)).wait()
+    reader.read_data(LoadPlan(items), IntoTensor(out)).wait()
     return out, bytes_read() - before
 
 
@@ -90,7 +108,7 @@ def test_file_that_is_too_short_is_an_error(folder: Path, tmp_path: Path) -> Non
     for name in TENSORS:
         try:
             assert torch.equal(read(tmp_path, name, slice(25, 30))[0], TENSORS[name][25:30])
-        except (EOFError, RuntimeError):
+        except (EOFError, RuntimeError, zipfile.BadZipFile):
             errors += 1
     assert 0 < errors < len(TENSORS)
 
