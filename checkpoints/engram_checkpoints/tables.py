@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
+import numba
 import numpy as np
 
 from engram_checkpoints.table_reader import TableReader
@@ -27,7 +28,7 @@ def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = Fals
     any number of ranks wrote, in blocks of any size.
 
     `weights_only` takes the weights, as of the last step, and starts the optimizer anew, whatever optimizer trained
-    them.
+    them. Tables that no step has moved yet go on being made from the seed.
     Raises `UsageError` where there is no such group, where its total_rows, row_dim, dtype or (unless `weights_only`)
     update is another, for a damaged or missing chunk, which it names, and where a lazy shard cannot hold what the group
     has.
@@ -35,28 +36,34 @@ def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = Fals
     shard, reader = optimizer.shard, TableReader(path)
     _check_fits(reader, shard, None if weights_only else optimizer.rule)
     initial = reader.description.initial
-    if shard.commit == "lazy" and (weights_only or initial is None):
+    if weights_only and reader.description.step_count > 0:
+        initial = None
+    if shard.commit == "lazy" and initial is None:
         raise UsageError(
             f"tables.commit = lazy makes rows from the seed until they are updated, but those of {path} were started "
             "from another checkpoint (checkpoint.init_from); set tables.commit=eager"
         )
     shard.take_space()
     optimizer.restore(np.empty(0) if weights_only else reader.learning_rates())
-    shard.initial = None if weights_only or initial is None else InitialRows(**initial)
+    shard.initial = None if initial is None else InitialRows(**initial)
     shard.touched_rows = 0
-    catch_up = reader.catch_up() if weights_only else None
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for piece, rows in _read_ahead(pool, reader, shard, catch_up, weights_only=weights_only):
+    is_anew = weights_only and initial is None
+    catch_up = reader.catch_up() if is_anew else None
+    # numba's limit is each thread's own: a new one would take all cores, also those of the other ranks of this host.
+    limit = numba.get_num_threads()
+    with ThreadPoolExecutor(_THREADS, initializer=numba.set_num_threads, initargs=(limit,)) as pool:
+        for piece, rows in _read_ahead(pool, reader, shard, catch_up, is_anew=is_anew):
             _take(shard, piece, rows)
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, reader: TableReader, shard: TableShard, catch_up: CatchUp | None, *, weights_only: bool
+    pool: ThreadPoolExecutor, reader: TableReader, shard: TableShard, catch_up: CatchUp | None, *, is_anew: bool
 ) -> Iterator[tuple[Block, RowState | None]]:
-    """The shard's rows piece by piece, each in one stored block, some pieces read before they are asked for."""
+    """The shard's rows piece by piece, each in one stored block, some pieces read before they are asked for.
+    `is_anew`: as of the last step, without a history."""
 
     def read(piece: Block) -> RowState | None:
-        if weights_only:
+        if is_anew:
             return without_history(reader.weights(piece.start, piece.stop, catch_up), shard.moments)
         if shard.initial is not None and not reader.last_step(piece.start, piece.stop).any():
             return None

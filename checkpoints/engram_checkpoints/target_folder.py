@@ -21,8 +21,7 @@ class TargetFolder:
     def __init__(self, target: Path, job: dict[str, Any] | None = None, inside: str = ".") -> None:
         """`inside`: the folder below `target` that files go to. Raises `UsageError` where something stands at `target`;
         what a try of another job left half-written is removed."""
-        if target.exists():
-            raise UsageError(f"{target} exists already; choose another target, or remove it first")
+        check_is_new(target)
         self.target = target
         self.partial = target.with_name(target.name + ".partial")
         self.folder = self.partial / inside
@@ -61,3 +60,9 @@ class TargetFolder:
 
 def _journal_of(target: Path) -> Path:
     return target.with_name(target.name + ".journal")
+
+
+def check_is_new(target: Path) -> None:
+    """Raise `UsageError` where something stands at `target`."""
+    if target.exists():
+        raise UsageError(f"{target} exists already; choose another target, or remove it first")

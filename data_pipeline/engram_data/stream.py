@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engram_data.batch import Batch, make_batch
@@ -62,9 +64,10 @@ class TokenStream:
 
     def microbatches(self, step: int) -> list[Batch]:
         """The microbatches of this rank in `step` (0-based). Raises `CorpusError` for a damaged chunk."""
-        return [self._batch(samples) for samples in self.samples(step)]
+        return [self.batch(samples) for samples in self.samples(step)]
 
-    def _batch(self, samples: list[int]) -> Batch:
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """The samples of these numbers (0 .. num_samples - 1, in the order of the corpus). Raises as `microbatches`."""
         starts = [sample * self._sequence_length for sample in samples]
         windows = [self._corpus.tokens(start, start + self._sequence_length + 1) for start in starts]
         document_starts = [

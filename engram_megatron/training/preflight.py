@@ -79,7 +79,7 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
     _check_vocabulary(config, train)
     for corpus in (train, validation):
         _stream(config, corpus)
-    hasher = _hasher(config, train)
+    hasher = hasher_of(config, train)
     identity = None if hasher is None else hasher.identity()
     resume_from = _resume_from(config, resume)
     if resume_from is not None:
@@ -129,7 +129,8 @@ def _check_vocabulary(config: RunConfig, corpus: Corpus) -> None:
         )
 
 
-def _hasher(config: RunConfig, corpus: Corpus) -> NgramHasher | None:
+def hasher_of(config: RunConfig, corpus: Corpus) -> NgramHasher | None:
+    """The n-gram hash of a run on `corpus`, whose tokenizer decides which ids are equal; None without Engram."""
     if config.engram is None:
         return None
     if config.engram.compression:
