@@ -13,7 +13,7 @@ NPROC ?= 2
 RUN_DIR ?= $(shell n=1; d=$(RUNS)/engram_tiny; while [ -e $$d ]; do n=$$((n + 1)); d=$(RUNS)/engram_tiny_$$n; done; echo $$d)
 LAST_RUN = $(or $(shell ls -dt $(RUNS)/engram_tiny* 2>/dev/null | head -n 1),$(RUNS)/engram_tiny)
 
-.PHONY: pretrain resume test test-all lint layouts corpus conformance compare bench-tables clean
+.PHONY: pretrain resume test test-all soak lint layouts corpus conformance compare bench-tables clean
 
 pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks
 	$(PY) launch/train.py engram_tiny --nproc-per-node $(NPROC) \
@@ -28,6 +28,9 @@ test: $(VENV)/.installed  ## the test suite, without the tests marked slow
 
 test-all: $(VENV)/.installed  ## every test
 	$(PY) -m pytest $(ARGS)
+
+soak: $(VENV)/.installed  ## kill runs and conversions at 50 random instants each; about an hour
+	KILLS=50 $(PY) -m pytest tests/launch/test_kill_saves.py $(ARGS)
 
 layouts: $(VENV)/.installed  ## every parallel layout against one rank, about 15 minutes; FULL=1: with every variation
 	$(PY) launch/layouts.py $(if $(filter 1,$(FULL)),--full) $(ARGS)

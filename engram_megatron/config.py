@@ -255,10 +255,17 @@ class CheckpointConfig:
 
     every_steps: int = free(1000)  # 0: only at the end and at a stop signal
     keep_last: int = free(3)  # older ones are removed after a new one is complete; 0 keeps all
+    keep_every_steps: int = free(0)  # beside them, those of a step that this divides are kept for good; 0: none
+    asynchronous: bool = free(True)  # training goes on while a checkpoint is written
+    # Of memory per rank for copies of table rows that are updated before they are written; an update that needs more
+    # waits for the writer. 0: it waits for each of its rows
+    staging_bytes: int = free(1 << 30)
+    # Saves between two full ones that hold, of the tables, the rows that changed since the full one; 0: all are full
+    deltas_between_full: int = free(0)
     init_from: str = ""  # a checkpoint folder whose weights (and tables) start this run; nothing else is taken
 
     def validate(self) -> None:
-        for name in ("every_steps", "keep_last"):
+        for name in ("every_steps", "keep_last", "keep_every_steps", "staging_bytes", "deltas_between_full"):
             check(getattr(self, name) >= 0, f"checkpoint.{name} = {getattr(self, name)} must not be negative")
 
 

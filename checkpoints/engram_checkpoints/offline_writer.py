@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from engram_checkpoints.backbone_writer import BackboneWriter
 from engram_checkpoints.checkpoint_files import FileSums, complete
-from engram_checkpoints.table_format import TableDescription, TableWriter, create
+from engram_checkpoints.table_format import TableDescription, create
+from engram_checkpoints.table_writer import TableWriter
 from engram_checkpoints.train_state import TrainState
 from engram_kernels.row_state import RowState
 from engram_megatron.errors import UsageError
@@ -44,11 +45,11 @@ class OfflineWriter:
         """Write all blocks; `rows(start, stop)` gives rows start .. stop - 1, a copy, as `RowState.exact` does."""
         path = self.folder / TABLES
         create(path, description, learning_rates, self.sums)
-        writer = TableWriter(path, description, self.sums)
-        for start in range(0, description.total_rows, description.block_rows):
-            block = rows(start, min(start + description.block_rows, description.total_rows))
-            if writer.write_last_step(start, block.last_step):
-                writer.write_rows(start, block)
+        with TableWriter(path, description, self.sums) as writer:
+            for start in range(0, description.total_rows, description.block_rows):
+                block = rows(start, min(start + description.block_rows, description.total_rows))
+                if writer.write_last_step(start, block.last_step):
+                    writer.write_rows(start, block)
 
     def finish(self, state: TrainState, num_steps: int) -> None:
         """`num_steps`: updates that the backbone's optimizer has done."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,15 @@ import zarr
 from numpy.typing import NDArray
 
 from engram_checkpoints.checkpoint_files import COMPLETE, MANIFEST, sum_of
-from engram_checkpoints.table_format import LAST_STEP, LEARNING_RATES, WEIGHT, Base, TableDescription
+from engram_checkpoints.table_format import (
+    LAST_STEP,
+    LEARNING_RATES,
+    WEIGHT,
+    Base,
+    TableDescription,
+    chunk_file,
+    whole_chunks,
+)
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.row_adam import read_rows
 from engram_kernels.row_state import RowState, empty_rows
@@ -29,10 +39,14 @@ class TableReader:
         """Raises `UsageError` where there are no tables, or the base of a delta is not there or another."""
         self.path = path
         try:
-            self._group = zarr.open_group(path, mode="r")
-            attributes = dict(self._group.attrs)
+            group = zarr.open_group(path, mode="r")
+            attributes = dict(group.attrs)
             base: Any = attributes.pop("base")
             self.description = TableDescription(**attributes, base=None if base is None else Base(**base))
+            with whole_chunks():
+                self._arrays: dict[str, Any] = {
+                    name: group[name] for name in (WEIGHT, *self.description.moments, LAST_STEP, LEARNING_RATES)
+                }
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} holds no tables of a finished save: {error}") from error
         self._base = None if self.description.base is None else self._open_base(self.description.base)
@@ -65,6 +79,16 @@ class TableReader:
         size = self.description.block_rows
         borders = range(start // size * size, stop, size)
         return [(max(first, start), min(first + size, stop)) for first in borders]
+
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Say that rows start .. stop - 1 will be read soon."""
+        for first, _ in self.pieces(start, stop):
+            for name in (LAST_STEP, WEIGHT, *self.description.moments):
+                path = self.path / chunk_file(name, first // self.description.block_rows)
+                with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        if self._base is not None:
+            self._base.read_ahead(start, stop)
 
     def last_step(self, start: int, stop: int) -> NDArray[np.int32]:
         """Of rows start .. stop - 1."""
@@ -138,9 +162,9 @@ class TableReader:
 
     def _chunk(self, name: str, number: int) -> Any:
         """Array `name`'s part of a stored block."""
-        array: Any = self._group[name]
-        chunk = f"{name}/c.{number}" + ".0" * (array.ndim - 1)
+        array = self._arrays[name]
         size = array.chunks[0]
+        chunk = chunk_file(name, number)
         start, stop = number * size, min((number + 1) * size, array.shape[0])
         where = f"{self.path}: chunk {chunk} ({'steps' if name == LEARNING_RATES else 'rows'} {start}..{stop - 1})"
         if not (self.path / chunk).is_file():

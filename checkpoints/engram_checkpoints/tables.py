@@ -1,4 +1,4 @@
-"""One rank's rows of the tables to and from disk (`table_format` says what stands there)."""
+"""One rank's rows of the tables from disk (`table_format` says what stands there)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from engram_checkpoints.table_format import TableWriter
 from engram_checkpoints.table_reader import TableReader
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
 from engram_megatron.tables.row_layout import Block
 from engram_megatron.tables.table_shard import InitialRows, TableShard, without_history
-
-
-def write_shard(writer: TableWriter, shard: TableShard) -> None:
-    """Write this rank's rows, one block at a time."""
-    for block in shard.layout.blocks(shard.shard):
-        if writer.write_last_step(block.start, shard.last_step[block.local]):
-            writer.write_rows(block.start, shard.exact(np.arange(block.local.start, block.local.stop)))
 
 
 def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = False) -> None:
@@ -44,7 +36,10 @@ def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = Fals
     shard.initial = None if weights_only or initial is None else InitialRows(**initial)
     shard.touched_rows = 0
     catch_up = reader.catch_up() if weights_only else None
-    for block in shard.layout.blocks(shard.shard):
+    blocks = list(shard.layout.blocks(shard.shard))
+    for number, block in enumerate(blocks):
+        for following in blocks[number + 1 : number + 2]:
+            reader.read_ahead(following.start, following.stop)
         for start, stop in reader.pieces(block.start, block.stop):
             piece = Block(block.number, start, stop, block.local_start + start - block.start)
             if weights_only:
@@ -61,8 +56,11 @@ def _load_piece(reader: TableReader, shard: TableShard, piece: Block) -> None:
     if shard.initial is not None and not last_step.any():
         shard.set_initial(piece)
         return
-    rows = np.flatnonzero(last_step) if shard.makes_rows else np.arange(piece.num_rows)
-    shard.write(rows + piece.local_start, reader.rows(piece.start, piece.stop).exact(rows))
+    local, rows = np.arange(piece.local.start, piece.local.stop), reader.rows(piece.start, piece.stop)
+    if shard.makes_rows:
+        touched = np.flatnonzero(last_step)
+        local, rows = local[touched], rows.exact(touched)
+    shard.write(local, rows)
 
 
 def _check_fits(reader: TableReader, shard: TableShard, update: str | None) -> None:
