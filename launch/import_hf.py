@@ -1,8 +1,8 @@
 """Make a checkpoint of a Hugging Face folder: python launch/import_hf.py FOLDER TARGET [PRESET] [key=value ...]
 
-FOLDER: what launch/export_hf.py wrote, or a DeepSeek-V3-style mixture of experts in bfloat16 or float32 (without Engram,
-one residual stream); see docs/huggingface.md. The model is FOLDER's; all else is PRESET's (default: engram_27b). TARGET is
-for checkpoint.init_from; the command that trains on it is printed.
+FOLDER: what launch/export_hf.py wrote, or a DeepSeek-V3-style mixture of experts in bfloat16 or float32 (it comes
+without Engram, with one residual stream); see docs/huggingface.md. The model is FOLDER's, all else PRESET's (default:
+engram_27b). TARGET is for checkpoint.init_from; the command that trains on it is printed.
 """
 
 from __future__ import annotations
@@ -37,14 +37,7 @@ def main() -> int:
     name, overrides = (settings[0], settings[1:]) if settings and "=" not in settings[0] else (DEFAULT_PRESET, settings)
     try:
         base = preset(name)
-        summary = import_folder(
-            arguments.folder,
-            arguments.target,
-            base,
-            overrides,
-            tokenizer=arguments.tokenizer,
-            on_tensor=lambda _name: None,
-        )
+        summary = import_folder(arguments.folder, arguments.target, base, overrides, tokenizer=arguments.tokenizer)
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

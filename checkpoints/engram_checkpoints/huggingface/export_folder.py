@@ -30,7 +30,7 @@ from engram_checkpoints.huggingface.safetensors_file import Entry, write_folder
 from engram_checkpoints.offline_writer import BACKBONE, TABLES
 from engram_checkpoints.table_format import is_table_chunk
 from engram_checkpoints.table_reader import TableReader
-from engram_checkpoints.tensor_source import TensorInfo, TensorSource, row_pieces
+from engram_checkpoints.tensor_source import TensorInfo, row_pieces
 from engram_checkpoints.train_state import TrainState
 from engram_data.tokenizer import CorpusTokenizer, load_tokenizer
 from engram_kernels.catch_up import CatchUp
@@ -53,7 +53,7 @@ class _Source:
     dtype: str
     tokenizer: CorpusTokenizer
     hasher: NgramHasher | None
-    backbone: TensorSource
+    backbone: BackboneReader
     tables: TableReader | None
 
 
@@ -96,13 +96,14 @@ def _open(checkpoint: Path, tokenizer_file: Path | None, dtype: str | None) -> _
     tokenizer_path = tokenizer_file or Path(config.data.corpus) / "tokenizer.json"
     if tokenizer_file is None and not tokenizer_path.is_file():
         raise UsageError(
-            f"the corpus {config.data.corpus} of {checkpoint} is not here; give its tokenizer: --tokenizer PATH/tokenizer.json"
+            f"the corpus {config.data.corpus} of {checkpoint} is not here; give its tokenizer with "
+            "--tokenizer PATH/tokenizer.json"
         )
     tokenizer = load_tokenizer(str(tokenizer_path))
     if state.tokenizer_sha256 != tokenizer.identity.sha256:
         raise UsageError(
-            f"{checkpoint} was trained with another tokenizer (sha256 {state.tokenizer_sha256[:12]}) than {tokenizer_path} "
-            f"({tokenizer.identity.sha256[:12]}); give the one of its corpus: --tokenizer PATH"
+            f"{checkpoint} was trained with another tokenizer (sha256 {state.tokenizer_sha256[:12]}) than "
+            f"{tokenizer_path} ({tokenizer.identity.sha256[:12]}); give the one of its corpus: --tokenizer PATH"
         )
     hasher = folder_hasher(config, tokenizer_path)
     if hasher is not None:
@@ -137,7 +138,7 @@ def _entries(source: _Source) -> Iterator[Entry]:
         yield Entry(table.theirs, TensorInfo(table.shape, dtype), pieces)
 
 
-def _backbone_pieces(source: TensorSource, tensor: NamedTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def _backbone_pieces(source: BackboneReader, tensor: NamedTensor, dtype: torch.dtype) -> Iterator[Tensor]:
     if tensor.roll is not None:
         yield tensor.to_theirs(source.read(tensor.ours)).to(dtype)
         return

@@ -72,7 +72,7 @@ def from_folder_config(values: dict[str, Any], base: RunConfig) -> RunConfig:
         raise UsageError(f"config.json has no field {error}, which a {kind} model has; complete it") from error
     if dtype not in ("bfloat16", "float32"):
         raise UsageError(f"config.json has dtype {dtype!r}; convert the weights to bfloat16 or float32 first")
-    training = replace(base.training, dtype=dtype)
+    training = replace(base.training, dtype="bfloat16" if dtype == "bfloat16" else "float32")
     length = length if kind == MODEL_TYPE else min(length, base.data.sequence_length)
     separate = values.get("separate_documents", base.data.separate_documents)
     data = replace(base.data, sequence_length=length, separate_documents=separate)
@@ -102,8 +102,8 @@ def _check_supported(values: dict[str, Any]) -> None:
     groups, chosen = values.get("n_group") or 1, values.get("topk_group") or 1
     if groups != chosen:
         raise UsageError(
-            f"config.json has n_group = {groups}, topk_group = {chosen}: experts are chosen within groups, which our router "
-            "does not do; only models with n_group = topk_group can be imported"
+            f"config.json has n_group = {groups}, topk_group = {chosen}: experts are chosen within groups, which our "
+            "router does not do; only models with n_group = topk_group can be imported"
         )
 
 
@@ -135,7 +135,7 @@ def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
 
 def _moe_fields(moe: MoEConfig | None) -> dict[str, Any]:
     if moe is None:
-        return {"n_routed_experts": None}
+        return {"n_routed_experts": 0}
     return {
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.num_shared_experts,
@@ -181,7 +181,7 @@ def _engram_fields(engram: EngramConfig, hasher: NgramHasher) -> dict[str, Any]:
 def _model(values: dict[str, Any], base: ModelConfig) -> ModelConfig:
     experts = values.get("n_routed_experts")
     moe = base.moe or MoEConfig()
-    if experts is not None:
+    if experts:
         moe = replace(
             moe,
             num_experts=experts,
@@ -203,7 +203,7 @@ def _model(values: dict[str, Any], base: ModelConfig) -> ModelConfig:
         norm_eps=values["rms_norm_eps"],
         init_std=values.get("initializer_range", base.init_std),
         attention=_attention(values, base.attention),
-        moe=None if experts is None else moe,
+        moe=moe if experts else None,
         mhc=replace(base.mhc, num_streams=streams, sinkhorn_iterations=iterations),
         mtp=MTPConfig(num_layers=mtp, loss_weight=base.mtp.loss_weight),
     )

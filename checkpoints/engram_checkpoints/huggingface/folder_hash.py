@@ -10,7 +10,7 @@ from engram_megatron.hashing.vocab_projection import build_vocab_projection, ide
 
 
 def folder_hasher(config: RunConfig, tokenizer_json: Path) -> NgramHasher | None:
-    """The hasher of `config`, None without Engram. Raises `UsageError` for a file that is no tokenizer of this model."""
+    """The hasher of `config`, None without Engram. Raises `UsageError` for a file that is no tokenizer of the model."""
     if config.engram is None:
         return None
     vocab_size = config.model.vocab_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,11 @@ def import_folder(
     overrides: Sequence[str],
     *,
     tokenizer: Path | None,
-    on_tensor: Callable[[str], None],
 ) -> ImportSummary:
-    """Write the weights in `folder` to the new checkpoint `target`: those of an export, or of a DeepSeek-V3-style model.
+    """Write the weights in `folder`, an export or a DeepSeek-V3-style model, to the new checkpoint `target`.
 
-    The model is the one that config.json describes; all else is `base`'s, then `overrides`. There is no optimizer state:
-    a run takes the weights alone. `tokenizer`: the folder's tokenizer.json where it has none.
+    The model is the one that config.json describes; all else is `base`'s, then `overrides`. There is no optimizer
+    state: a run takes the weights alone. `tokenizer`: a tokenizer.json; None: the folder's.
 
     Raises:
         UsageError: `target` is there, or the folder is incomplete, damaged, of another tokenizer, or holds a model or a
@@ -77,10 +76,8 @@ def import_folder(
     left_out = _check_tensors(source, backbone, tables, values)
     writer = OfflineWriter(target)
     for tensor in backbone:
-        on_tensor(tensor.theirs)
         _copy(writer.backbone, tensor, source, dtype_of(tensor, _WEIGHT_DTYPE[config.training.dtype]))
     if hasher is not None:
-        on_tensor("tables")
         description = _description(config, hasher)
         rows = _TableRows(source, tables, description)
         writer.write_tables(description, np.empty(0), rows)
@@ -134,7 +131,8 @@ def _check_tensors(
     source: SafetensorsFolder, backbone: list[NamedTensor], tables: list[TableSlice], values: dict[str, Any]
 ) -> list[str]:
     """Raise `UsageError` for the first tensor that is missing, of another shape or not known; those left out."""
-    wanted = {tensor.theirs: tensor.shape for tensor in (*backbone, *tables)}
+    wanted: dict[str, tuple[int, ...]] = {tensor.theirs: tensor.shape for tensor in backbone}
+    wanted |= {table.theirs: table.shape for table in tables}
     for name, shape in wanted.items():
         if name not in source.tensors:
             raise UsageError(f"{source.folder} has no tensor {name}, which this model has with shape {shape}")

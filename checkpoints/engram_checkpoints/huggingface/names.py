@@ -1,5 +1,8 @@
-"""Tensors by two names: those of a checkpoint's backbone, and those of a Hugging Face folder (docs/huggingface.md has the
-table). DeepSeek-V3's names for the backbone, DeepSeek-V4.1's for Engram and hyper-connections, all behind `model.`."""
+"""Tensors by two names: those of a checkpoint's backbone, and those of a Hugging Face folder.
+
+DeepSeek-V3's names for the backbone, DeepSeek-V4.1's for Engram and hyper-connections, all behind `model.`;
+docs/huggingface.md has the table.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ _MTP_LAYER = re.compile(r"mtp\.layers\.0\.(?:mtp_model_layer\.)?(.+)")
 class NamedTensor:
     """One tensor: its name in a checkpoint, its name in a folder, and its shape.
 
-    `roll`: (dimension, places) by which it is turned on the way out; None: as it is. `wide`: float32 whatever the model.
+    `roll`: (dimension, places) by which it is turned on the way out; None: as it is. `wide`: float32 in any model.
     """
 
     ours: str

@@ -1,7 +1,7 @@
 """safetensors files: written from beginning to end with one piece of a tensor in memory, read by rows.
 
-The library writes tensors that are in memory; a table can be larger than that. The format (8 bytes: length of the header;
-header: JSON of dtype, shape and place of each tensor; then the tensors' bytes) has no need of it.
+The library writes tensors that are in memory; a table can be larger than that. The format has no need of it: 8 bytes
+with the length of the header, the header (JSON: dtype, shape and place of each tensor), then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class SafetensorsFolder:
                 dtype = part.get_dtype()
                 if dtype not in _DTYPES:
                     raise UsageError(
-                        f"{self.folder / file}: {name} is of type {dtype}, which is not read here; convert the weights to "
-                        "bfloat16 first"
+                        f"{self.folder / file}: {name} is of type {dtype}, which is not read here; convert the weights "
+                        "to bfloat16 first"
                     )
                 yield name, TensorInfo(tuple(part.get_shape()), _DTYPES[dtype])
 

@@ -34,8 +34,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "mtp": ("model.mtp.num_layers=1",),
     "plain": ("engram=none", "model.mhc.num_streams=1"),
 }
-# Float32 rounds to 6e-8; sums of 1e2 terms through three layers, and a gate's root with a slope of up to 0.5 / sqrt(score),
-# leave 1e-6.
+# Float32 rounds to 6e-8; sums of 1e2 terms through three layers, and a gate's root with a slope of up to
+# 0.5 / sqrt(score), leave 1e-6.
 TOLERANCE = 1e-5
 
 

@@ -1,2 +1,4 @@
-"""The model in plain PyTorch, as an exported folder carries it: these files are copied into the folder and import only torch,
-transformers and each other."""
+"""The model in plain PyTorch, as an exported folder carries it.
+
+These files are copied into the folder; they import only torch, transformers and each other.
+"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -37,12 +38,12 @@ class EngramConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
-    rope_parameters: dict[str, Any] | None = None  # rope_type default or yarn, rope_theta, and YaRN's numbers
+    rope_parameters: dict[str, Any] = field(default_factory=dict)  # rope_type, rope_theta, YaRN's numbers
     rope_interleave: bool = True
     attention_bias: bool = False
 
-    # DeepSeekMoE; n_routed_experts None: dense feed-forward in every layer
-    n_routed_experts: int | None = None
+    # DeepSeekMoE; n_routed_experts 0: dense feed-forward in every layer
+    n_routed_experts: int = 0
     n_shared_experts: int = 0
     num_experts_per_tok: int = 6
     moe_intermediate_size: int = 1536
@@ -60,18 +61,19 @@ class EngramConfig(PreTrainedConfig):
     hc_sinkhorn_iters: int = 20
 
     # Conditional memory; no engram_layer_ids: none
-    engram_layer_ids: list[int] | None = None  # from 0
-    engram_hash_seed_ids: list[int] | None = None
+    engram_layer_ids: list[int] = field(default_factory=list)  # from 0
+    engram_hash_seed_ids: list[int] = field(default_factory=list)
     engram_hash_seed: int = 0
-    engram_num_embeddings: list[int] | None = None  # rows of each layer
+    engram_num_embeddings: list[int] = field(default_factory=list)  # rows of each layer
     engram_max_ngram_size: int = 3
     engram_vocab_size: int = 0  # the least rows of a head
     engram_n_heads: int = 8  # of one order
     engram_head_dim: int = 80
     engram_pad_token_id: int = 2
     engram_compressed_vocab_size: int = 0
-    engram_primes: list[list[list[int]]] | None = None  # rows of each head [L, O, J]
-    engram_hash_identity: dict[str, Any] | None = None  # multipliers, compressed pad id, digest of the token map, ...
+    engram_primes: list[list[list[int]]] = field(default_factory=list)  # rows of each head [L, O, J]
+    # multipliers, compressed pad id, digest of the token map, ...
+    engram_hash_identity: dict[str, Any] = field(default_factory=dict)
     engram_gate: bool = True
     engram_conv: bool = True
     engram_conv_kernel_size: int = 4

@@ -1,7 +1,7 @@
 """Parts of a decoder layer: hyper-connections, latent attention, feed-forward.
 
-Shape letters: B sequences, T new positions, Y positions of the cache and the new ones, M streams, C hidden size, N heads,
-D query and key width of a head, V its value width, R latent width, P rope width, E experts, K chosen ones.
+Shape letters: B sequences, T new positions, Y positions of the cache and the new ones, M streams, C hidden size,
+N heads, D query and key width of a head, V its value width, P rope width, K chosen experts.
 """
 
 from __future__ import annotations
@@ -87,12 +87,13 @@ class LatentAttention(nn.Module):
         attended = scaled_dot_product_attention(
             query_BNTD, key_BNYD, value_BNYV, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        output: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return output
 
 
 def rotary_angles(config: EngramConfig, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, P], in the dtype of `like`, of positions start .. stop - 1; YaRN (arXiv 2309.00071) where the
-    config says so."""
+    """Cosines and sines [T, P], in the dtype of `like`, of positions start .. stop - 1; YaRN's (arXiv 2309.00071) where
+    the config says so."""
     rope, dim = config.rope_parameters, config.qk_rope_head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=like.device) / dim
     frequencies, concentration = 1.0 / rope["rope_theta"] ** exponents, 1.0
@@ -136,7 +137,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        output: Tensor = self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
 
 
 class Router(nn.Module):

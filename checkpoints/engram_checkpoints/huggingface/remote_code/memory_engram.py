@@ -38,17 +38,19 @@ class EngramMemory(nn.Module):
         self.embed = nn.Embedding(config.engram_num_embeddings[index], config.engram_head_dim)
         outputs = (streams + 1) * width if config.engram_gate else width
         self.wkv = nn.Linear(heads * config.engram_head_dim, outputs, bias=config.engram_bias)
-        self.q_weight = nn.Parameter(torch.ones(streams, width)) if config.engram_gate else None
-        self.k_weight = nn.Parameter(torch.ones(streams, width)) if config.engram_gate else None
-        taps = config.engram_conv_kernel_size
-        self.conv_norm = Scale(torch.ones(streams, width)) if config.engram_conv else None
-        self.conv = Scale(torch.zeros(streams * width, 1, taps)) if config.engram_conv else None
+        self.has_gate, self.has_conv, taps = config.engram_gate, config.engram_conv, config.engram_conv_kernel_size
+        if self.has_gate:
+            self.q_weight = nn.Parameter(torch.ones(streams, width))
+            self.k_weight = nn.Parameter(torch.ones(streams, width))
+        if self.has_conv:
+            self.conv_norm = Scale(torch.ones(streams, width))
+            self.conv = Scale(torch.zeros(streams * width, 1, taps))
         self.streams, self.width = streams, width
         self.reach = (taps - 1) * self.order if config.engram_conv else 0  # of the convolution, in positions
 
     def rows(self, ids_BX: Tensor, position_BX: Tensor) -> Tensor:
-        """Row numbers [B, X, H] of the n-grams of compressed ids that end at each position; `position_BX`: distance from
-        the start of the document, before which the pad id stands."""
+        """Row numbers [B, X, H] of the n-grams of compressed ids that end at each position; `position_BX`: distance
+        from the start of the document, before which the pad id stands."""
         mix_BX, rows, first_row = ids_BX * self.multipliers[0], [], 0
         for back in range(1, self.order):
             earlier_BX = torch.full_like(ids_BX, self.pad_id)
@@ -73,7 +75,7 @@ class EngramMemory(nn.Module):
         key_value_BS = self.wkv(self.embed(rows_BSH).flatten(-2))
         value_BSC = key_value_BS[..., -self.width :]
         gate_BTM = None
-        if self.q_weight is not None:
+        if self.has_gate:
             gate_BTM = self._gate(
                 hidden_BTMC, key_value_BS[:, before:, : -self.width].unflatten(-1, (self.streams, -1))
             )
@@ -81,7 +83,7 @@ class EngramMemory(nn.Module):
             gated_BSMC = (gate_BSM.unsqueeze(-1) * value_BSC.float().unsqueeze(2)).to(value_BSC.dtype)
         else:
             gated_BSMC = value_BSC.unsqueeze(2).expand(-1, -1, self.streams, -1)
-        if self.conv is None:
+        if not self.has_conv:
             return gated_BSMC[:, before:], gate_BTM
         update = gated_BSMC + self._convolve(gated_BSMC, position_BX[:, -gated_BSMC.shape[1] :])
         return update[:, before:], gate_BTM

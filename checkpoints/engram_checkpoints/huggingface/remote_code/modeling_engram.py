@@ -5,8 +5,8 @@ A sequence may hold several documents, as in training: attention, n-grams and co
 `config.document_end_token_id`. Positions that `attention_mask` hides belong to no document.
 
 The cache is transformers' `DynamicCache`. Behind the layers' latents it has one more layer with the token ids so far
-(n-grams reach back), and one for each Engram layer with its gates: the convolution reads earlier gated values, which are
-a gate times what the token ids say.
+(n-grams reach back), and one for each Engram layer with its gates: the convolution reads earlier gated values, which
+are a gate times what the token ids say.
 
 Shape letters: B sequences, T new positions, Y positions of the cache and the new ones, X the last ones of those that
 memory looks at, M streams, C hidden size.
@@ -14,7 +14,7 @@ memory looks at, M streams, C hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,13 @@ class EngramDecoderLayer(nn.Module):
     def __init__(self, config: EngramConfig, layer: int) -> None:
         super().__init__()
         self.config, width, streams = config, config.hidden_size, config.hc_mult
-        ids = config.engram_layer_ids or []
+        ids = config.engram_layer_ids
         self.memory_cache_layer = config.num_hidden_layers + 1
         if layer in ids:
             self.engram = EngramMemory(config, ids.index(layer))
             self.memory_cache_layer += ids.index(layer)
         self.self_attn = LatentAttention(config, layer)
-        has_experts = config.n_routed_experts is not None and layer >= config.first_k_dense_replace
+        has_experts = config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
         self.mlp = MixtureOfExperts(config) if has_experts else FeedForward(width, config.intermediate_size)
         self.input_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(width, eps=config.rms_norm_eps)
@@ -66,14 +66,16 @@ class EngramDecoderLayer(nn.Module):
         memory: MemoryInput | None,
         cache: Any,
     ) -> Tensor:
-        has_memory = hasattr(self, "engram")
-        fused = has_memory and self.config.hc_mult > 1 and not self.config.engram_multi_branch
-        if has_memory and not fused:
+        memory = memory if hasattr(self, "engram") else None
+        fused = self.config.hc_mult > 1 and not self.config.engram_multi_branch
+        if memory is not None and not fused:
             streams_BTMC = streams_BTMC + self._memory_update(streams_BTMC, memory)
         hidden_BTC, *mixing = self._read(streams_BTMC, "hc_attn")
-        update_BTC = self._memory_update(hidden_BTC.unsqueeze(2), memory).squeeze(2) if fused else 0
-        hidden_BTC = self.input_layernorm(hidden_BTC + update_BTC)
-        output_BTC = self.self_attn(hidden_BTC, angles, mask_BTY, cache) + update_BTC
+        update_BTC = torch.zeros_like(hidden_BTC)
+        if memory is not None and fused:
+            update_BTC = self._memory_update(hidden_BTC.unsqueeze(2), memory).squeeze(2)
+        normed_BTC = self.input_layernorm(hidden_BTC + update_BTC)
+        output_BTC = self.self_attn(normed_BTC, angles, mask_BTY, cache) + update_BTC
         streams_BTMC = _write(streams_BTMC, output_BTC, mixing)
         hidden_BTC, *mixing = self._read(streams_BTMC, "hc_ffn")
         return _write(streams_BTMC, self.mlp(self.post_attention_layernorm(hidden_BTC)), mixing)
@@ -90,14 +92,15 @@ class EngramDecoderLayer(nn.Module):
         engram, T, Y = self.engram, hidden_BTMC.shape[1], memory.ids_BY.shape[1]
         before = min(Y - T, engram.reach)
         first = max(0, Y - T - before - (engram.order - 1))
-        keeps_gates = memory.cache is not None and engram.reach > 0 and engram.q_weight is not None
+        keeps_gates = memory.cache is not None and engram.reach > 0 and engram.has_gate
         past_gate = None
         if keeps_gates and before:
             past_gate = memory.cache.layers[self.memory_cache_layer].keys[:, 0, -before:]
-        update, gate_BTM = engram(hidden_BTMC, memory.ids_BY[:, first:], memory.position_BY[:, first:], past_gate)
+        update_BTMC: Tensor
+        update_BTMC, gate_BTM = engram(hidden_BTMC, memory.ids_BY[:, first:], memory.position_BY[:, first:], past_gate)
         if keeps_gates:
             _extend(memory.cache, self.memory_cache_layer, gate_BTM)
-        return update
+        return update_BTMC
 
 
 def _write(streams_BTMC: Tensor, output_BTC: Tensor, mixing: list[Tensor]) -> Tensor:
@@ -108,16 +111,17 @@ def _extend(cache: Any, layer: int, values: Tensor) -> Tensor:
     """Append values [B, T, ...] to a layer of the cache; all of them [B, Y, ...]."""
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
-    keys = values.unsqueeze(1)
-    return cache.layers[layer].update(keys, keys[..., :0])[0].squeeze(1)
+    keys: Tensor = values.unsqueeze(1)
+    keys, _ = cache.layers[layer].update(keys, keys[..., :0])
+    return keys.squeeze(1)
 
 
 class EngramPreTrainedModel(PreTrainedModel):
     config_class = EngramConfig
     base_model_prefix = "model"
-    _no_split_modules = ["EngramDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["EngramDecoderLayer"]
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = [
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
         *("hc_attn_fn", "hc_attn_base", "hc_attn_scale", "hc_ffn_fn", "hc_ffn_base", "hc_ffn_scale"),
         "e_score_correction_bias",
     ]
