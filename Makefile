@@ -32,7 +32,7 @@ test-all: $(VENV)/.installed  ## every test
 soak: $(VENV)/.installed  ## kill runs and conversions at 50 random instants each; about an hour
 	KILLS=50 $(PY) -m pytest tests/launch/test_kill_saves.py $(ARGS)
 
-layouts: $(VENV)/.installed  ## every parallel layout against one rank, about 15 minutes; FULL=1: with every variation
+layouts: $(VENV)/.installed  ## every parallel layout against one rank, and resumes in another, 20 minutes; FULL=1: every variation
 	$(PY) launch/layouts.py $(if $(filter 1,$(FULL)),--full) $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house

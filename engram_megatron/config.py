@@ -197,15 +197,18 @@ class EngramConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over ranks. The data dimension follows: world = tensor * pipeline * context * data."""
+    """How the model is spread over ranks. The data dimension follows: world = tensor * pipeline * context * data.
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1  # chunks of layers per pipeline rank; > 1: interleaved schedule, smaller bubble
+    All of it may change at a resume, and the number of ranks with it: a checkpoint knows no layout.
+    """
+
+    tensor: int = free(1)
+    pipeline: int = free(1)
+    virtual_pipeline: int = free(1)  # chunks of layers per pipeline rank; > 1: interleaved schedule, smaller bubble
     # "auto": layers balanced over chunks by cost; or megatron-core's notation, chunk by chunk: "Et*3|t*4|t*3L"
-    pipeline_layout: str = "auto"
-    context: int = 1
-    expert: int = 1
+    pipeline_layout: str = free("auto")
+    context: int = free(1)
+    expert: int = free(1)
     # Optimizer state divided over data * context replicas: Muon by whole matrices, the vocabulary by rows
     distributed_optimizer: bool = free(False)
     # A collective that takes longer than this ends the job. Finite, so that survivors of a dead node do not hang.
@@ -275,7 +278,7 @@ class TrainingConfig:
 
     num_steps: int = 50000
     global_batch_size: int = 1280  # sequences per step
-    micro_batch_size: int = 1  # sequences per forward pass of one rank
+    micro_batch_size: int = free(1)  # sequences per forward pass of one rank
     dtype: DType = "bfloat16"
     seed: int = 1234
     # Activations to compute again in the backward pass: all of every layer, or those of `recompute_modules`

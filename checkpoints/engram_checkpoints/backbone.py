@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
+from engram_checkpoints.backbone_load import PartsLoad
 from engram_checkpoints.checkpoint_files import FileSums, SummedFile
 from engram_megatron import platform
 from engram_megatron.errors import UsageError
@@ -138,7 +139,7 @@ def load_backbone_weights(folder: Path, model_chunks: Sequence[nn.Module], optim
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Load the tensors that `state` names. A file that cannot be read is a `UsageError` on the ranks that met it."""
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), sharded_strategy=PartsLoad())
     except (Exception, CheckpointException) as error:  # what the damage happens to break: pickle, zip, end of file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UsageError(f"{folder} is damaged ({reason}); use another checkpoint") from error

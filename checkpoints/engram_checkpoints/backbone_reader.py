@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from engram_checkpoints.piece_reader import PieceReader
 from engram_checkpoints.tensor_source import TensorInfo
 from engram_megatron.errors import UsageError
 
@@ -29,7 +29,7 @@ class BackboneReader:
     def __init__(self, folder: Path) -> None:
         """Raises `UsageError` where there is no backbone, or its index is damaged."""
         self.folder = folder
-        self._reader = FileSystemReader(folder)
+        self._reader = PieceReader(folder)
         try:
             metadata = self._reader.read_metadata()
         except Exception as error:  # what the damage happens to break: pickle, end of file
@@ -44,7 +44,7 @@ class BackboneReader:
         self.num_steps = self._num_steps()
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """As of `TensorSource`. Each stored piece that `rows` meet is read whole."""
+        """As of `TensorSource`. Of each stored piece, the rows asked for are read."""
         stored, info = self._metadata[name], self.tensors[name]
         assert isinstance(stored, TensorStorageMetadata)
         offsets, sizes = [0] * len(info.shape), list(info.shape)

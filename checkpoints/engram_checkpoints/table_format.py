@@ -25,7 +25,6 @@ zeros of fresh moments vanish. A byte shuffle takes 5 % off the noise too, at a 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,15 +138,6 @@ def _create_array(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[i
 def chunk_file(name: str, number: int) -> str:
     """Path below the group of chunk `number` of array `name`."""
     return f"{name}/c.{number}" + ("" if name in (LAST_STEP, LEARNING_RATES) else ".0")
-
-
-def whole_chunks() -> AbstractContextManager[Any]:
-    """Arrays opened inside run their codecs at once in the caller's thread. zarr's default, a coroutine for each step
-    of each chunk, costs more than the work itself where a chunk is read or written at a time."""
-    context: AbstractContextManager[Any] = zarr.config.set(
-        {"codec_pipeline.path": "zarr.core.codec_pipeline.FusedCodecPipeline"}
-    )
-    return context
 
 
 def is_table_chunk(path: str) -> bool:

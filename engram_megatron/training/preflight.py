@@ -75,7 +75,7 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
     resume_from = _resume_from(config, resume)
     if resume_from is not None:
         state = TrainState.read(resume_from)
-        check_resume(state, config, world_size, train.fingerprint)
+        check_resume(state, config, train.fingerprint)
         check_hash_identity(state, identity, resume_from)
     elif config.checkpoint.init_from:
         source = Path(config.checkpoint.init_from)

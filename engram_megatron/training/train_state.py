@@ -12,14 +12,9 @@ from engram_megatron.hashing.ngram_hasher import identity_difference
 from engram_megatron.training.run_folder import check_resumable
 
 
-def check_resume(state: TrainState, config: RunConfig, world_size: int, corpus_fingerprint: str) -> None:
-    """Raise `UsageError` where a resume of `state` would not continue the same run."""
+def check_resume(state: TrainState, config: RunConfig, corpus_fingerprint: str) -> None:
+    """Raise `UsageError` where a resume of `state` would not continue the same run, on however many ranks."""
     check_resumable(state.config, config)
-    if state.world_size != world_size:
-        raise UsageError(
-            f"cannot resume on {world_size} ranks: the checkpoint was made on {state.world_size}; start as many, or "
-            "start a new run with checkpoint.init_from (weights only)"
-        )
     if state.corpus_fingerprint != corpus_fingerprint:
         raise UsageError(
             f"cannot resume: {config.data.corpus} has fingerprint {corpus_fingerprint[:12]}, the checkpoint was "

@@ -60,6 +60,11 @@ def test_free_key_may_change(key: str) -> None:
     check_resumable(saved(engram_tiny()), changed)
 
 
+def test_nothing_of_the_layout_is_fixed() -> None:
+    assert not [key for key in FIXED if key.startswith("parallel.")]
+    assert {"tables.block_rows", "training.micro_batch_size"} <= set(FREE)
+
+
 @pytest.mark.parametrize("key", FIXED)
 def test_any_other_key_is_refused_with_both_values(key: str) -> None:
     value = LEAVES[key][0]
@@ -169,7 +174,7 @@ def test_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_checkpoint_from_before_a_field_existed_counts_as_its_default() -> None:
     older = saved(engram_tiny())
-    del older["model"]["mtp"], older["parallel"]["virtual_pipeline"]
+    del older["model"]["mtp"], older["data"]["separate_documents"]
     check_resumable(older, engram_tiny())
-    with pytest.raises(UsageError, match=r"parallel\.virtual_pipeline = 2: the checkpoint was made with 1;"):
-        check_resumable(older, with_value(engram_tiny(), ["parallel", "virtual_pipeline"], lambda _: 2))
+    with pytest.raises(UsageError, match=r"data\.separate_documents = False: the checkpoint was made with True;"):
+        check_resumable(older, with_value(engram_tiny(), ["data", "separate_documents"], lambda _: False))
