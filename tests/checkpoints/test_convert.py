@@ -137,7 +137,7 @@ def _legacy_against_our_loader(rank: int, world_size: int, config: Any, ours: Pa
     return different
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["TP2xPP2xEP2", "PP2xVPP2", pytest.param("TP4", marks=pytest.mark.slow)])
 def test_legacy_files_are_what_each_rank_holds(saved_checkpoint: Path, tmp_path: Path, layout: str) -> None:
     legacy = converted(saved_checkpoint, tmp_path / "legacy", "legacy", *LAYOUTS[layout])
     config = model_config(*LAYOUTS[layout])
@@ -151,7 +151,7 @@ class Killed(BaseException):
     """In the place of a signal."""
 
 
-@pytest.mark.parametrize("to", ["engram", "torch_dist", "legacy"])
+@pytest.mark.parametrize("to", ["engram", pytest.param("torch_dist", marks=pytest.mark.slow), "legacy"])
 def test_broken_off_conversion_goes_on_where_it_stopped(
     saved_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: Any
 ) -> None:
