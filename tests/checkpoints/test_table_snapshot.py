@@ -83,7 +83,7 @@ CASES = [
 
 
 def test_snapshot_beside_updates_is_the_shard_as_it_was(disk: Path) -> None:
-    run_ranks(_check_cases, 1, str(disk))
+    run_ranks(_check_cases, 1, str(disk), timeout_s=400)  # all kernels may have to be compiled for all dtypes first
 
 
 def _check_cases(_rank: int, _world_size: int, disk: str) -> None:
