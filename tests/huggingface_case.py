@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,11 @@ import numpy as np
 from small_run import LENGTH, VOCAB, build_small_run, global_batch, microbatches, numbers, small_run_config
 from tokenizers import Tokenizer, models
 
+from engram_checkpoints.train_state import TrainState
 from engram_data.batch import Batch
 from engram_data.tokenizer import CorpusTokenizer
+from engram_megatron.config import ParallelConfig, RunConfig
+from engram_megatron.overrides import from_dict
 
 END = 1  # the token that ends documents
 SEQUENCES = 3
@@ -54,6 +58,7 @@ def _save(rank: int, world_size: int, folder: Path, tokenizer: Path, overrides: 
     import small_run
 
     from engram_checkpoints.huggingface.folder_hash import folder_hasher
+    from engram_megatron.training.checkpoint_writer import CheckpointWriter
     from engram_megatron.training.checkpointing import Checkpointer
     from engram_megatron.training.run_folder import RunFolder
 
@@ -63,9 +68,33 @@ def _save(rank: int, world_size: int, folder: Path, tokenizer: Path, overrides: 
     for step in range(steps):
         run.trainer.train_step(step, microbatches(global_batch(step), rank, world_size), stop_requested=False)
     corpus: Any = SimpleNamespace(fingerprint="", tokenizer=CorpusTokenizer("toy", tokenizer.read_bytes()).identity)
-    saver = Checkpointer(RunFolder(folder), run.config, run.ranks, run.chunks, run.optimizer, run.memory, corpus)
-    saver.save(steps, 0)
+    folders, writer = RunFolder(folder), CheckpointWriter(run.ranks, 60, lambda: None)
+    saver = Checkpointer(folders, run.config, run.ranks, run.chunks, run.optimizer, run.memory, corpus, writer)
+    saver.save(steps, 0, wait=True)
+    writer.close()
     return logits(run, documents())
+
+
+def logits_of(rank: int, world_size: int, tokenizer: Path, saved: list[Path], batch: Batch) -> list[Any]:
+    """On one rank: what Megatron's model gives with the weights of each checkpoint."""
+    import small_run
+
+    from engram_checkpoints.backbone import load_backbone_weights
+    from engram_checkpoints.huggingface.folder_hash import folder_hasher
+    from engram_checkpoints.tables import load_shard
+
+    small_run.small_hasher = lambda config: folder_hasher(config, tokenizer)
+    results = []
+    for path in saved:
+        config: RunConfig = from_dict(RunConfig, TrainState.read(path).config)
+        config = replace(config, parallel=ParallelConfig())
+        run = build_small_run(config, rank, world_size, rough=False)
+        load_backbone_weights(path / "backbone", run.chunks, run.optimizer)
+        if run.memory is not None:
+            load_shard(path / "tables.zarr", run.memory.optimizer, weights_only=True)
+            run.memory.share_initial()
+        results.append(logits(run, batch))
+    return results
 
 
 def logits(run: Any, batch: Batch) -> Any:

@@ -87,6 +87,24 @@ def test_cache_gives_the_logits_of_the_whole_sequence(name: str, model_of: Any) 
     assert difference < TOLERANCE * whole.abs().max()
 
 
+def test_loss_is_that_of_the_next_tokens(model_of: Any) -> None:
+    model, tokens = model_of("all"), torch.from_numpy(documents().tokens)
+    with torch.no_grad():
+        out = model(tokens, labels=tokens)
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_refuses_caches_that_it_would_misread(model_of: Any) -> None:
+    from transformers import StaticCache
+
+    model, tokens = model_of("all"), torch.from_numpy(documents().tokens)
+    with pytest.raises(ValueError, match="not StaticCache"):
+        model(tokens, cache=StaticCache(config=model.config, max_cache_len=30))
+    with pytest.raises(ValueError, match="passed as `cache`"):
+        model(tokens, past_key_values=1)
+
+
 def test_generates_the_same_with_and_without_a_cache(model_of: Any) -> None:
     model, tokens = model_of("all"), torch.from_numpy(documents().tokens[:, :9])
     for options in ({}, {"num_beams": 3}):

@@ -1,4 +1,4 @@
-"""A checkpoint that goes out and comes back holds the same weights, bit for bit; a run starts from it."""
+"""A checkpoint that goes out and comes back holds the same weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small_run import small_run_config
-from tiny_run import Start, build_tiny_corpus, run_starts, tiny_config, train_losses
 
 from engram_checkpoints.backbone_reader import BackboneReader
 from engram_checkpoints.huggingface.import_folder import import_folder
@@ -27,7 +26,7 @@ from engram_megatron.errors import UsageError
 from engram_megatron.overrides import from_dict
 
 VARIANTS = {"all": ("model.mtp.num_layers=1", "engram.bias=true")}
-SMALL_FILES = 40_000  # bytes: the tables are larger than a file
+SMALL_FILES = 5_000  # bytes: the tables are larger than a file
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +156,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "lost file": (lambda f: _second_file(f).unlink(), r"model-00002-of-\d+.safetensors is missing"),
     "torn file": (lambda f: _second_file(f).write_bytes(b"12345678"), "is damaged"),
-    "other tokenizer": (lambda f: write_tokenizer(f / "tokenizer.json", "A7"), "do not belong together: hash"),
+    "other tokenizer": (lambda f: write_tokenizer(f / "tokenizer.json", "a1"), "do not belong together: hash"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read; give"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
     "other model": (lambda f: _set(f, model_type="llama"), "model_type 'llama'"),
@@ -183,7 +182,7 @@ def test_refuses_what_cannot_be_exported(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not here; give its tokenizer with --tokenizer"):
         export(source, tmp_path / "out")
     with pytest.raises(UsageError, match="was trained with another tokenizer"):
-        export(source, tmp_path / "out", write_tokenizer(tmp_path / "other.json", "A7"))
+        export(source, tmp_path / "out", write_tokenizer(tmp_path / "other.json", "a1"))
     with pytest.raises(UsageError, match="not a complete checkpoint"):
         export(saved, tmp_path / "out", saved / "tokenizer.json")
     (tmp_path / "there").mkdir()
@@ -192,22 +191,3 @@ def test_refuses_what_cannot_be_exported(saved: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.json", "there"]
     with pytest.raises(UsageError, match="cannot be read"):
         _import(saved / "tokenizer.json", tmp_path / "back")
-
-
-@pytest.mark.slow
-def test_a_run_starts_from_an_import(tmp_path: Path) -> None:
-    """The loss of its first step is that of a run that starts from the checkpoint itself."""
-    corpus = build_tiny_corpus(tmp_path / "corpus")
-    trained = tmp_path / "trained/checkpoints/step_00000006"
-    (summary,) = run_starts([Start(tiny_config(corpus, tmp_path / "trained"))])[0]
-    assert trained.is_dir(), summary
-    export(trained, tmp_path / "out")
-    import_folder(tmp_path / "out", tmp_path / "back", tiny_config(corpus, tmp_path), (), tokenizer=None)
-    starts = [
-        Start(tiny_config(corpus, tmp_path / name, f"checkpoint.init_from={source}", "training.num_steps=3"))
-        for name, source in (("ours", trained), ("theirs", tmp_path / "back"))
-    ]
-    run_starts(starts)
-    ours, theirs = (train_losses(tmp_path / name) for name in ("ours", "theirs"))
-    assert len(ours) == 3
-    assert ours == theirs

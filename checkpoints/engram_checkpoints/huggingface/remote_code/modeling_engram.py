@@ -227,6 +227,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocabulary] (of the last `logits_to_keep` positions, 0: all); see `EngramModel.forward`."""
+        if kwargs.get("past_key_values") is not None:  # ignored, it would give wrong tokens
+            raise ValueError("the cache is passed as `cache`; generate needs transformers 5.24 or later")
         outputs = self.model(input_ids, attention_mask, cache, use_cache)
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
