@@ -27,7 +27,8 @@ OWNERS = Pair(before=Layout(4, expert=2, distributed_optimizer=True), after=Layo
 THREE = Pair(before=Layout(4, context=2, expert=2), after=Layout(3), run=("training.global_batch_size=12",))
 
 
-@pytest.mark.parametrize("pair", [STAGES, pytest.param(THREE, marks=pytest.mark.slow)], ids=lambda pair: pair.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", [STAGES, THREE], ids=lambda pair: pair.name)
 def test_resumed_in_another_layout_and_back(pair: Pair) -> None:
     """In float64, each with the experts that it chooses; see `engram_megatron.layouts.judge` for the bound."""
     run = run_pair(pair, "float64", choices=None)

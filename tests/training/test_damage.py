@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tiny_run import Start, files_under, run_starts, tiny_config
 
+pytestmark = pytest.mark.slow  # fourteen starts
+
 SAVED = "checkpoints/step_00000002"
 FILES = (
     *("COMPLETE", "manifest.json", "train_state.json", "backbone/.metadata", "backbone/metadata.json"),
