@@ -41,7 +41,6 @@ from engram_megatron.optimizer.row_optimizer import RowOptimizer
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; the first alone of balanced momentum
 LAST_STEP, LEARNING_RATES = "last_step", "learning_rates"
-CHECK_BYTES = 4  # of a chunk's CRC-32C, behind it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from numcodecs import Blosc
 from numpy.typing import NDArray
 
 from engram_checkpoints.checkpoint_files import FileSum, FileSums
+from engram_checkpoints.table_chunks import checksum, encode
 from engram_checkpoints.table_format import LAST_STEP, WEIGHT, TableDescription, chunk_file
 from engram_kernels.row_state import RowState
 
@@ -25,9 +24,7 @@ _CHUNKS_AHEAD = 6  # in memory beside those of the block that is given
 class TableWriter:
     """Writes blocks of rows into the group that `create` made. Ranks may write at the same time.
 
-    A context: what was given is written when it ends. Chunks are as zarr makes them, and zarr reads them. A chunk is
-    always written whole and by one writer, so zarr's way of writing parts of arrays, in one thread and with three more
-    copies, has nothing to add.
+    A context: what was given is written when it ends.
     """
 
     def __init__(self, path: Path, description: TableDescription, sums: FileSums) -> None:
@@ -51,7 +48,7 @@ class TableWriter:
     def write_last_step(self, first_row: int, last_step: NDArray[np.int32]) -> bool:
         """Write the last steps of a whole block, which must not change before the context ends; says whether the
         block's rows must be written too."""
-        self._submit(LAST_STEP, first_row, last_step)
+        self._submit(LAST_STEP, first_row, last_step, compress=True)
         return bool(self.description.is_stored(last_step).any())
 
     def write_rows(self, first_row: int, rows: RowState) -> None:
@@ -64,40 +61,35 @@ class TableWriter:
         if left_out.any():
             rows.weight[left_out] = 0
             rows.state[left_out] = 0
-        self._submit(WEIGHT, first_row, rows.weight)
+        # Of numbers without zeros LZ4 takes nothing off.
+        compress = bool(left_out.any() or not rows.last_step.all())
+        self._submit(WEIGHT, first_row, rows.weight, compress=compress)
         for name, moment in zip(self.description.moments, np.hsplit(rows.state, rows.moments), strict=True):
-            self._submit(name, first_row, moment)
+            self._submit(name, first_row, moment, compress=compress)
         self._wait(_CHUNKS_AHEAD)
 
-    def _submit(self, name: str, first_row: int, values: NDArray[Any]) -> None:
+    def _submit(self, name: str, first_row: int, values: NDArray[Any], *, compress: bool) -> None:
         description = self.description
         number, rest = divmod(first_row, description.block_rows)
         assert rest == 0, (first_row, description.block_rows)
         assert len(values) == min(description.block_rows, description.total_rows - first_row), (name, first_row)
-        self._pending.append(self._pool.submit(self._write, chunk_file(name, number), values))
+        self._pending.append(self._pool.submit(self._write, chunk_file(name, number), values, compress))
 
-    def _write(self, file: str, values: NDArray[Any]) -> None:
+    def _write(self, file: str, values: NDArray[Any], compress: bool) -> None:
         missing = self.description.block_rows - len(values)
         if missing:  # zarr's chunks are all of one size
             values = np.concatenate([values, np.zeros((missing, *values.shape[1:]), values.dtype)])
-        content, check = encode(np.ascontiguousarray(values))
+        parts = encode(np.ascontiguousarray(values), compress=compress)
         path = self._path / file
         with path.open("xb", buffering=0) as stream:
-            for part in (content, check):
+            for part in parts:
                 written = 0
                 while written < len(part):  # a raw file may take a part only
                     written += stream.write(memoryview(part)[written:])
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # Linux begins to write it to the disk now
-        crc32c = google_crc32c.extend(int.from_bytes(check, "little"), check)
-        self._sums.add(path, FileSum(len(content) + len(check), crc32c))
+        self._sums.add(path, FileSum(sum(len(part) for part in parts), checksum(parts)))
 
     def _wait(self, most: int) -> None:
         """Until at most `most` chunks are not written. Raises what went wrong with one."""
         while len(self._pending) > most:
             self._pending.popleft().result()
-
-
-def encode(values: NDArray[Any]) -> tuple[bytes, bytes]:
-    """A chunk as the codecs of the arrays make it: little-endian numbers, LZ4 in Blosc, and behind them the CRC-32C."""
-    content = Blosc("lz4", clevel=1, shuffle=Blosc.NOSHUFFLE, typesize=values.dtype.itemsize).encode(values)
-    return content, int(google_crc32c.value(content)).to_bytes(4, "little")

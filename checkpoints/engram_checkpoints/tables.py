@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from engram_checkpoints.table_reader import TableReader
+from engram_kernels.catch_up import CatchUp
+from engram_kernels.row_state import RowState
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
 from engram_megatron.tables.row_layout import Block
 from engram_megatron.tables.table_shard import InitialRows, TableShard, without_history
+
+_THREADS = 2  # one waits for the disk while the other unpacks
+_PIECES_AHEAD = 3
 
 
 def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = False) -> None:
@@ -36,29 +45,47 @@ def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = Fals
     shard.initial = None if weights_only or initial is None else InitialRows(**initial)
     shard.touched_rows = 0
     catch_up = reader.catch_up() if weights_only else None
-    blocks = list(shard.layout.blocks(shard.shard))
-    for number, block in enumerate(blocks):
-        for following in blocks[number + 1 : number + 2]:
-            reader.read_ahead(following.start, following.stop)
-        for start, stop in reader.pieces(block.start, block.stop):
-            piece = Block(block.number, start, stop, block.local_start + start - block.start)
-            if weights_only:
-                values = without_history(reader.weights(start, stop, catch_up), shard.moments)
-                shard.write(np.arange(piece.num_rows) + piece.local_start, values)
-            else:
-                _load_piece(reader, shard, piece)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for piece, rows in _read_ahead(pool, reader, shard, catch_up, weights_only=weights_only):
+            _take(shard, piece, rows)
 
 
-def _load_piece(reader: TableReader, shard: TableShard, piece: Block) -> None:
-    """Rows of one stored block; a shard that makes rows from the seed takes those that ever had a gradient."""
-    last_step = reader.last_step(piece.start, piece.stop)
-    shard.touched_rows += int(np.count_nonzero(last_step))
-    if shard.initial is not None and not last_step.any():
+def _read_ahead(
+    pool: ThreadPoolExecutor, reader: TableReader, shard: TableShard, catch_up: CatchUp | None, *, weights_only: bool
+) -> Iterator[tuple[Block, RowState | None]]:
+    """The shard's rows piece by piece, each in one stored block, some pieces read before they are asked for."""
+
+    def read(piece: Block) -> RowState | None:
+        if weights_only:
+            return without_history(reader.weights(piece.start, piece.stop, catch_up), shard.moments)
+        if shard.initial is not None and not reader.last_step(piece.start, piece.stop).any():
+            return None
+        return reader.rows(piece.start, piece.stop)
+
+    pieces = iter(
+        [
+            Block(block.number, start, stop, block.local_start + start - block.start)
+            for block in shard.layout.blocks(shard.shard)
+            for start, stop in reader.pieces(block.start, block.stop)
+        ]
+    )
+    reading = deque((piece, pool.submit(read, piece)) for piece in islice(pieces, _PIECES_AHEAD))
+    while reading:
+        piece, rows = reading.popleft()
+        yield piece, rows.result()
+        reading.extend((piece, pool.submit(read, piece)) for piece in islice(pieces, 1))
+
+
+def _take(shard: TableShard, piece: Block, rows: RowState | None) -> None:
+    """Write a piece; None: none of its rows ever had a gradient. A shard that makes rows from the seed takes the others
+    only."""
+    if rows is None:
         shard.set_initial(piece)
         return
-    local, rows = np.arange(piece.local.start, piece.local.stop), reader.rows(piece.start, piece.stop)
+    local = np.arange(piece.local.start, piece.local.stop)
+    shard.touched_rows += int(np.count_nonzero(rows.last_step))
     if shard.makes_rows:
-        touched = np.flatnonzero(last_step)
+        touched = np.flatnonzero(rows.last_step)
         local, rows = local[touched], rows.exact(touched)
     shard.write(local, rows)
 
