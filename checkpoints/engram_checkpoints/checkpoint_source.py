@@ -31,9 +31,6 @@ class TableSource(Protocol):
     def learning_rates(self) -> NDArray[np.float64]:
         """Of all steps so far."""
 
-    def read_ahead(self, start: int, stop: int) -> None:
-        """Say that rows start .. stop - 1 will be read soon."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSource:

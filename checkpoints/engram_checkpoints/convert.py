@@ -17,7 +17,6 @@ from engram_checkpoints.table_format import TableDescription
 from engram_checkpoints.target_folder import TargetFolder
 from engram_checkpoints.torch_dist_format import write_torch_dist
 from engram_checkpoints.train_state import TrainState
-from engram_kernels.row_state import RowState
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import apply_overrides, from_dict, leaves, to_dict
@@ -131,21 +130,11 @@ def _with_block_rows(source: CheckpointSource, block_rows: int) -> CheckpointSou
 
 
 class _Reblocked:
-    """A `TableSource` with another description, read from beginning to end."""
+    """A `TableSource` with another description."""
 
     def __init__(self, description: TableDescription, tables: TableSource) -> None:
-        self.description, self._tables = description, tables
-        self.last_step, self.learning_rates, self.read_ahead = (
-            tables.last_step,
-            tables.learning_rates,
-            tables.read_ahead,
-        )
-
-    def rows(self, start: int, stop: int) -> RowState:
-        behind = min(2 * stop - start, self.description.total_rows)
-        if stop < behind:
-            self.read_ahead(stop, behind)
-        return self._tables.rows(start, stop)
+        self.description = description
+        self.rows, self.last_step, self.learning_rates = tables.rows, tables.last_step, tables.learning_rates
 
 
 def _check_memory(description: TableDescription, block_rows: int, to: Format, memory_bytes: int) -> None:

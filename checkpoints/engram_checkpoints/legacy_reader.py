@@ -134,9 +134,6 @@ class LegacyTables:
         self._read_rows(LAST_STEP, start, stop, out)
         return out
 
-    def read_ahead(self, start: int, stop: int) -> None:
-        """The system reads files ahead by itself."""
-
     def learning_rates(self) -> NDArray[np.float64]:
         stored = self._array(f"tables/{LEARNING_RATES}.pt")
         return np.asarray(_values(stored, 0, self.description.step_count).numpy())

@@ -57,9 +57,6 @@ class TensorTables:
         last_step: NDArray[np.int32] = self._read(LAST_STEP, start, stop)
         return last_step
 
-    def read_ahead(self, start: int, stop: int) -> None:
-        """The system reads files ahead by itself."""
-
     def learning_rates(self) -> NDArray[np.float64]:
         return (
             self._read(LEARNING_RATES, 0, self.description.step_count) if self.description.step_count else np.empty(0)
