@@ -16,11 +16,12 @@ from pathlib import Path
 import numba
 import torch
 
-from engram_megatron.benchmarks import asynchronous_saves, table_files
+from engram_megatron.benchmarks import asynchronous_saves, conversions, table_files
 from engram_megatron.benchmarks.measure import Comparison, table
 
 SECTIONS: dict[str, Callable[[Path, int, int], Iterator[Comparison]]] = {
     "files": table_files.compare,
+    "conversion": conversions.compare,
     "asynchronous": lambda folder, rows, _: asynchronous_saves.compare(folder, rows),
 }
 
@@ -38,7 +39,11 @@ def main() -> int:
     for name, section in SECTIONS.items():
         if arguments.only is None or name in arguments.only:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                print(table(list(section(Path(folder), arguments.rows, arguments.repeats))), flush=True)
+                print("\n" + table(list(section(Path(folder), arguments.rows, arguments.repeats))), flush=True)
+    if arguments.only is None or "conversion" in arguments.only:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            for line in conversions.memory_lines(Path(folder), arguments.rows):
+                print(line, flush=True)
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from whole_checkpoint import flip_a_byte, mark_complete, model_config, train_state, write_noise
+from whole_checkpoint import flip_a_byte, mark_complete, model_config, train_state
 
 from engram_checkpoints.checkpoint_report import checkpoint_report, run_report
 from engram_checkpoints.checkpoint_source import CheckpointSource
@@ -23,6 +23,7 @@ from engram_checkpoints.run_checkpoints import complete_checkpoints
 from engram_checkpoints.tensor_source import TensorInfo
 from engram_checkpoints.verify import set_aside, set_aside_damaged, verify
 from engram_kernels.row_state import RowState
+from engram_megatron.benchmarks.noise_checkpoint import write_noise
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import to_dict
 

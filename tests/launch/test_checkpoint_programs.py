@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 from tiny_run import TINY, Start, run_starts, tiny_config
 from train_program import ROOT, train_module
-from whole_checkpoint import flip_a_byte, write_noise
+from whole_checkpoint import flip_a_byte
+
+from engram_megatron.benchmarks.noise_checkpoint import write_noise
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from train_program import ROOT
-from whole_checkpoint import write_noise
 
 from engram_checkpoints.compare import differences
 from engram_checkpoints.open_checkpoint import open_checkpoint
+from engram_megatron.benchmarks.noise_checkpoint import write_noise
 
 KILLS = int(os.environ.get("KILLS", "10"))
 MIB = 1024**2
