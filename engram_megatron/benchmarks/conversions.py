@@ -22,7 +22,7 @@ _RUN = f"""
 try:
     runpy.run_path({str(PROGRAM)!r}, run_name='__main__')
 finally:
-    print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)
+    print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).strip(), file=sys.stderr)
 """
 
 
