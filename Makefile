@@ -13,7 +13,7 @@ NPROC ?= 2
 RUN_DIR ?= $(shell n=1; d=$(RUNS)/engram_tiny; while [ -e $$d ]; do n=$$((n + 1)); d=$(RUNS)/engram_tiny_$$n; done; echo $$d)
 LAST_RUN = $(or $(shell ls -dt $(RUNS)/engram_tiny* 2>/dev/null | head -n 1),$(RUNS)/engram_tiny)
 
-.PHONY: pretrain resume test test-all lint layouts corpus conformance compare bench-tables clean
+.PHONY: pretrain resume test test-all soak lint layouts corpus conformance compare bench-tables bench-checkpoints clean
 
 pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks
 	$(PY) launch/train.py engram_tiny --nproc-per-node $(NPROC) \
@@ -29,7 +29,10 @@ test: $(VENV)/.installed  ## the test suite, without the tests marked slow
 test-all: $(VENV)/.installed  ## every test
 	$(PY) -m pytest $(ARGS)
 
-layouts: $(VENV)/.installed  ## every parallel layout against one rank, about 15 minutes; FULL=1: with every variation
+soak: $(VENV)/.installed  ## kill runs and conversions at 50 random instants each; about an hour
+	KILLS=50 $(PY) -m pytest -m slow tests/launch/test_kill_saves.py tests/launch/test_convert_program.py $(ARGS)
+
+layouts: $(VENV)/.installed  ## every parallel layout against one rank, and resumes in another, 20 minutes; FULL=1: every variation
 	$(PY) launch/layouts.py $(if $(filter 1,$(FULL)),--full) $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
@@ -44,6 +47,9 @@ compare: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## engram_tiny against i
 bench-tables: $(VENV)/.installed  ## the tables against torch, C, bare traffic and bare transports; 10 GiB, ten minutes
 	$(PY) launch/bench_tables.py $(ARGS)
 	PATH=$(VENV)/bin:$$PATH mpiexec -n 2 $(PY) launch/bench_exchange.py
+
+bench-checkpoints: $(VENV)/.installed  ## saves, loads and conversions against plain files; 6 GiB of disk, five minutes
+	$(PY) launch/bench_checkpoints.py $(ARGS)
 
 conformance: $(VENV)/.installed  ## our code against vectors of DeepSeek's demo
 	$(PY) launch/conformance.py tests/golden

@@ -197,15 +197,18 @@ class EngramConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is spread over ranks. The data dimension follows: world = tensor * pipeline * context * data."""
+    """How the model is spread over ranks. The data dimension follows: world = tensor * pipeline * context * data.
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1  # chunks of layers per pipeline rank; > 1: interleaved schedule, smaller bubble
+    All of it may change at a resume, and the number of ranks with it: a checkpoint knows no layout.
+    """
+
+    tensor: int = free(1)
+    pipeline: int = free(1)
+    virtual_pipeline: int = free(1)  # chunks of layers per pipeline rank; > 1: interleaved schedule, smaller bubble
     # "auto": layers balanced over chunks by cost; or megatron-core's notation, chunk by chunk: "Et*3|t*4|t*3L"
-    pipeline_layout: str = "auto"
-    context: int = 1
-    expert: int = 1
+    pipeline_layout: str = free("auto")
+    context: int = free(1)
+    expert: int = free(1)
     # Optimizer state divided over data * context replicas: Muon by whole matrices, the vocabulary by rows
     distributed_optimizer: bool = free(False)
     # A collective that takes longer than this ends the job. Finite, so that survivors of a dead node do not hang.
@@ -255,10 +258,17 @@ class CheckpointConfig:
 
     every_steps: int = free(1000)  # 0: only at the end and at a stop signal
     keep_last: int = free(3)  # older ones are removed after a new one is complete; 0 keeps all
+    keep_every_steps: int = free(0)  # beside them, those of a step that this divides are kept for good; 0: none
+    asynchronous: bool = free(True)  # training goes on while a checkpoint is written
+    # Of memory per rank for copies of table rows that are updated before they are written; an update that needs more
+    # waits for the writer. 0: it waits for each of its rows
+    staging_bytes: int = free(1 << 30)
+    # Saves between two full ones that hold, of the tables, the rows that changed since the full one; 0: all are full
+    deltas_between_full: int = free(0)
     init_from: str = ""  # a checkpoint folder whose weights (and tables) start this run; nothing else is taken
 
     def validate(self) -> None:
-        for name in ("every_steps", "keep_last"):
+        for name in ("every_steps", "keep_last", "keep_every_steps", "staging_bytes", "deltas_between_full"):
             check(getattr(self, name) >= 0, f"checkpoint.{name} = {getattr(self, name)} must not be negative")
 
 
@@ -268,7 +278,7 @@ class TrainingConfig:
 
     num_steps: int = 50000
     global_batch_size: int = 1280  # sequences per step
-    micro_batch_size: int = 1  # sequences per forward pass of one rank
+    micro_batch_size: int = free(1)  # sequences per forward pass of one rank
     dtype: DType = "bfloat16"
     seed: int = 1234
     # Activations to compute again in the backward pass: all of every layer, or those of `recompute_modules`

@@ -7,17 +7,19 @@ from pathlib import Path
 import torch.distributed as dist
 
 from engram_checkpoints.checkpoint_files import FileSums
-from engram_checkpoints.table_format import TableDescription, TableWriter, create
-from engram_checkpoints.tables import write_shard
+from engram_checkpoints.table_snapshot import TableSnapshot
+from engram_checkpoints.table_writer import TableWriter
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
 
 
 def save_tables(path: Path, optimizer: RowOptimizer) -> Path:
     """Write the shard of every rank that calls this; returns `path`."""
-    description, sums = TableDescription.of(optimizer), FileSums(path.parent)
+    snapshot, sums = TableSnapshot(optimizer), FileSums(path.parent)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        create(path, description, optimizer.learning_rates, sums)
+        snapshot.create(path, sums)
     if dist.is_initialized():
         dist.barrier()
-    write_shard(TableWriter(path, description, sums), optimizer.shard)
+    with TableWriter(path, snapshot.description, sums) as writer:
+        snapshot.write(writer)
+    snapshot.close()
     return path

@@ -75,16 +75,16 @@ def _train_each(_rank: int, _world_size: int, starts: list[Start], ports: list[i
 
     from engram_megatron import platform
     from engram_megatron.training import parallel
-    from engram_megatron.training.checkpointing import Checkpointer
+    from engram_megatron.training.checkpoint_writer import CheckpointWriter
     from engram_megatron.training.run import train
 
     platform.limit_threads(1)
     results: list[Any] = []
     dist.destroy_process_group()
-    write = Checkpointer._write
+    write = CheckpointWriter._write
     for start, port in zip(starts, ports, strict=False):
         os.environ["MASTER_PORT"] = str(port)
-        Checkpointer._write = _within(start.max_file_bytes, write)  # type: ignore[method-assign]
+        CheckpointWriter._write = _within(start.max_file_bytes, write)  # type: ignore[method-assign]
         try:
             results.append(train(start.config, resume=start.resume, stop=_stop_after(start)))
         except Exception as error:
@@ -95,14 +95,14 @@ def _train_each(_rank: int, _world_size: int, starts: list[Start], ports: list[i
     return results
 
 
-def _within(num_bytes: int | None, write: Callable[..., None]) -> Callable[..., None]:
+def _within(num_bytes: int | None, write: Callable[..., Any]) -> Callable[..., Any]:
     """`write`, in which writes beyond `num_bytes` of a file fail with an OSError, as on a full disk. None: no limit."""
 
-    def limited(*arguments: Any) -> None:
+    def limited(*arguments: Any) -> Any:
         everything = resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (everything if num_bytes is None else num_bytes, everything))
         try:
-            write(*arguments)
+            return write(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (everything, everything))
 

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
+from engram_checkpoints.backbone_load import PartsLoad
 from engram_checkpoints.checkpoint_files import FileSums, SummedFile
 from engram_megatron import platform
 from engram_megatron.errors import UsageError
@@ -51,35 +53,45 @@ def save_backbone(
 ) -> None:
     """Write the weights of all ranks and the optimizer's state into `folder`, which is made if it is not there; `sums`
     takes those of this rank's files."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    BackboneSnapshot(model_chunks, optimizer).write(folder, sums)
     dist.barrier()
-    state = _sharded_state(model_chunks, optimizer)
-    dist_checkpointing.save(state, str(folder), sharded_strategy=_InProcessSave(sums))
-    if dist.get_rank() == 0:
-        sums.add_written(folder / "metadata.json")
 
 
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """`torch_dist` files written by this process.
+class BackboneSnapshot:
+    """What this rank writes of the weights and the optimizer's state, copied to the host's memory when this is made.
 
-    megatron-core 0.19.2's own synchronous save is its asynchronous one waited for: it spawns a helper process on every
-    rank, which a daemonic process may not do and which imports the program's main module anew. The files are the same.
+    Files are written by this process: megatron-core 0.19.2's own synchronous save is its asynchronous one waited for,
+    which spawns a helper process on every rank; a daemonic process may not, and it imports the program's main module
+    anew. This does what `dist_checkpointing.save` does, cut in two; the files are the same.
     """
 
-    def __init__(self, sums: FileSums) -> None:
-        super().__init__()
-        self._sums = sums
+    def __init__(self, model_chunks: Sequence[nn.Module], optimizer: BackboneOptimizer) -> None:
+        """Collective, on the default group; raises `CheckpointingException` where ranks do not make up all tensors."""
+        sharded, common = save_preprocess(_sharded_state(model_chunks, optimizer))
+        sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=dist.get_rank())
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        for part in (part for parts in by_key.values() for part in parts if isinstance(part, ShardedTensor)):
+            part.data = part.data.detach().to("cpu", copy=True)
+        self._state = mcore_to_pyt_state_dict(by_key, False)
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """Called by `dist_checkpointing.save` with the sharded tensors and objects of this rank."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+    def write(self, folder: Path, sums: FileSums, group: dist.ProcessGroup | None = None) -> None:
+        """Write into `folder`, which is made if it is not there; `sums` takes those of this rank's files. Collective on
+        `group` (None: the default) alone, so that a thread may call it; a barrier must follow.
+
+        Raises:
+            CheckpointException: a rank could not write; on all ranks.
+            OSError: rank 0 could not write metadata.json; there alone.
+        """
         planner = MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
         )
-        writer = FileSystemWriter(checkpoint_dir, sync_files=False)
-        writer.fs = _SummedFileSystem(self._sums)
-        save_state_dict(mcore_to_pyt_state_dict(by_key, False), storage_writer=writer, planner=planner)
+        # Nothing is to be copied ahead from a GPU, which would take a stream on this thread's device: the first GPU.
+        writer = FileSystemWriter(folder, sync_files=False, per_thread_copy_ahead=0)
+        writer.fs = _SummedFileSystem(sums)
+        save_state_dict(self._state, storage_writer=writer, planner=planner, process_group=group)
+        if dist.get_rank() == 0:
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+            sums.add_written(folder / "metadata.json")
 
 
 class _SummedFileSystem(FileSystem):
@@ -127,7 +139,7 @@ def load_backbone_weights(folder: Path, model_chunks: Sequence[nn.Module], optim
 def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     """Load the tensors that `state` names. A file that cannot be read is a `UsageError` on the ranks that met it."""
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), sharded_strategy=PartsLoad())
     except (Exception, CheckpointException) as error:  # what the damage happens to break: pickle, zip, end of file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UsageError(f"{folder} is damaged ({reason}); use another checkpoint") from error

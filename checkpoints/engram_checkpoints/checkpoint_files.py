@@ -62,18 +62,30 @@ class FileSums:
         path.write_bytes(content)
         self.add(path, FileSum(len(content), google_crc32c.value(content)))
 
+    def commit(self, unit: str, note: Any = None) -> None:
+        """The files added since the last call make up `unit`; `note`, plain values, is kept with it."""
+
+    def is_done(self, unit: str) -> bool:
+        """Whether an earlier try has committed `unit`: see `FileJournal`, here nothing is left of one."""
+        return False
+
+    def notes(self, prefix: str) -> dict[str, Any]:
+        """The notes of the units of an earlier try whose names begin with `prefix`."""
+        return {}
+
     def flush(self) -> dict[str, FileSum]:
         """Wait until all files, and the folders that name them, are on disk. Returns the sums by path.
 
         Raises `OSError` where the disk did not take them.
         """
-        with self._lock:
-            sums = dict(self._sums)
-        folders = {str(parent) for path in sums for parent in Path(path).parents}
-        with ThreadPoolExecutor(_SYNC_THREADS) as pool:
-            for _ in pool.map(lambda path: _sync(self.folder / path), [*sums, *folders]):
-                pass
+        sums = self.sums()
+        sync_files(self.folder, [*sums, *{str(parent) for path in sums for parent in Path(path).parents}])
         return sums
+
+    def sums(self) -> dict[str, FileSum]:
+        """Of all files so far, by path."""
+        with self._lock:
+            return dict(self._sums)
 
 
 class SummedStore(LocalStore):
@@ -188,6 +200,13 @@ def sum_of(path: Path) -> FileSum:
         while content := file.read(_READ_BYTES):
             size, crc = size + len(content), google_crc32c.extend(crc, content)
     return FileSum(size, crc)
+
+
+def sync_files(folder: Path, paths: Iterable[str]) -> None:
+    """Wait until `paths`, files and folders below `folder`, are on disk."""
+    with ThreadPoolExecutor(_SYNC_THREADS) as pool:
+        for _ in pool.map(lambda path: _sync(folder / path), paths):
+            pass
 
 
 def _sync(path: Path) -> None:

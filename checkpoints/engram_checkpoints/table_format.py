@@ -35,7 +35,6 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from engram_checkpoints.checkpoint_files import FileSums, SummedStore
-from engram_kernels.row_state import RowState
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
 
@@ -136,37 +135,9 @@ def _create_array(group: Any, name: str, shape: tuple[int, ...], chunks: tuple[i
     )
 
 
-class TableWriter:
-    """Writes blocks of rows into the group that `create` made. Ranks may write at the same time."""
-
-    def __init__(self, path: Path, description: TableDescription, sums: FileSums) -> None:
-        self.description = description
-        self._arrays: dict[str, Any] = {
-            name: zarr.open_array(SummedStore(path / name, sums), mode="r+", config={"write_empty_chunks": True})
-            for name in (WEIGHT, *description.moments, LAST_STEP)
-        }
-
-    def write_last_step(self, first_row: int, last_step: NDArray[np.int32]) -> bool:
-        """Write the last steps of a whole block; says whether the block's rows must be written too."""
-        description = self.description
-        assert first_row % description.block_rows == 0, (first_row, description.block_rows)
-        assert last_step.size == min(description.block_rows, description.total_rows - first_row)
-        self._arrays[LAST_STEP][first_row : first_row + last_step.size] = last_step
-        return bool(description.is_stored(last_step).any())
-
-    def write_rows(self, first_row: int, rows: RowState) -> None:
-        """Write a whole block: `rows` as `RowState.exact` gives them, in which those that are left out are overwritten.
-
-        Raises `OSError` where the disk does not take them.
-        """
-        left_out = ~self.description.is_stored(rows.last_step)
-        if left_out.any():
-            rows.weight[left_out] = 0
-            rows.state[left_out] = 0
-        span = slice(first_row, first_row + rows.num_rows)
-        self._arrays[WEIGHT][span] = rows.weight
-        for name, moment in zip(self.description.moments, np.hsplit(rows.state, rows.moments), strict=True):
-            self._arrays[name][span] = moment
+def chunk_file(name: str, number: int) -> str:
+    """Path below the group of chunk `number` of array `name`."""
+    return f"{name}/c.{number}" + ("" if name in (LAST_STEP, LEARNING_RATES) else ".0")
 
 
 def is_table_chunk(path: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,15 @@ import zarr
 from numpy.typing import NDArray
 
 from engram_checkpoints.checkpoint_files import COMPLETE, MANIFEST, sum_of
-from engram_checkpoints.table_format import LAST_STEP, LEARNING_RATES, WEIGHT, Base, TableDescription
+from engram_checkpoints.table_chunks import decode
+from engram_checkpoints.table_format import (
+    LAST_STEP,
+    LEARNING_RATES,
+    WEIGHT,
+    Base,
+    TableDescription,
+    chunk_file,
+)
 from engram_kernels.catch_up import CatchUp
 from engram_kernels.row_adam import read_rows
 from engram_kernels.row_state import RowState, empty_rows
@@ -29,14 +39,14 @@ class TableReader:
         """Raises `UsageError` where there are no tables, or the base of a delta is not there or another."""
         self.path = path
         try:
-            self._group = zarr.open_group(path, mode="r")
-            attributes = dict(self._group.attrs)
+            group = zarr.open_group(path, mode="r")
+            attributes = dict(group.attrs)
             base: Any = attributes.pop("base")
             self.description = TableDescription(**attributes, base=None if base is None else Base(**base))
         except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path} holds no tables of a finished save: {error}") from error
         self._base = None if self.description.base is None else self._open_base(self.description.base)
-        self._read_block = lru_cache(maxsize=1)(self._read_whole_block)
+        self._kept_block = lru_cache(maxsize=2)(self._whole_block)
 
     def _open_base(self, base: Base) -> TableReader:
         folder = self.path.parent.parent / base.checkpoint
@@ -45,6 +55,11 @@ class TableReader:
         if sum_of(folder / MANIFEST).crc32c != base.manifest_crc32c:
             raise UsageError(f"{self.path} is a delta of another checkpoint than {folder}; use another save")
         return TableReader(folder / self.path.name)
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The checkpoint that a delta is relative to."""
+        return None if self._base is None else self._base.path.parent
 
     @property
     def wide(self) -> np.dtype[Any]:
@@ -66,12 +81,22 @@ class TableReader:
         borders = range(start // size * size, stop, size)
         return [(max(first, start), min(first + size, stop)) for first in borders]
 
+    def read_ahead(self, start: int, stop: int) -> None:
+        """Say that rows start .. stop - 1 will be read soon."""
+        for first, _ in self.pieces(start, stop):
+            for name in (LAST_STEP, WEIGHT, *self.description.moments):
+                path = self.path / chunk_file(name, first // self.description.block_rows)
+                with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        if self._base is not None:
+            self._base.read_ahead(start, stop)
+
     def last_step(self, start: int, stop: int) -> NDArray[np.int32]:
         """Of rows start .. stop - 1."""
         size = self.description.block_rows
         parts = []
         for first, end in self.pieces(start, stop):
-            chunk = self._chunk(LAST_STEP, first // size)
+            chunk = self._last_steps(first // size)
             parts.append(chunk[first % size : first % size + end - first])
         return np.concatenate(parts)
 
@@ -79,9 +104,11 @@ class TableReader:
         """A copy of rows start .. stop - 1 as of each one's last step: those that are left out are made or taken from
         the base."""
         size = self.description.block_rows
-        out = empty_rows(stop - start, self.description.row_dim, self.wide, self.description.num_moments)
+        if (start, stop) == self.block(start // size):
+            return self._whole_block(start // size)
+        out = self._empty(stop - start)
         for first, end in self.pieces(start, stop):
-            block = self._read_block(first // size)
+            block = self._kept_block(first // size)
             span, place = slice(first % size, first % size + end - first), slice(first - start, end - start)
             out.weight[place], out.state[place] = block.weight[span], block.state[span]
             out.last_step[place] = block.last_step[span]
@@ -107,20 +134,25 @@ class TableReader:
 
     def learning_rates(self) -> NDArray[np.float64]:
         """Of all steps so far."""
-        return self._chunk(LEARNING_RATES, 0) if self.description.step_count else np.empty(0)
+        rates = np.empty(self.description.step_count)
+        if rates.size:
+            self._read(LEARNING_RATES, 0, (0, rates.size), rates)
+        return rates
 
-    def _read_whole_block(self, number: int) -> RowState:
+    def _whole_block(self, number: int) -> RowState:
         start, stop = self.block(number)
-        description, last_step = self.description, self._chunk(LAST_STEP, number)
-        stored = description.is_stored(last_step)
-        rows = empty_rows(stop - start, description.row_dim, self.wide, description.num_moments)
-        rows.last_step[:] = last_step
+        rows = self._empty(stop - start)
+        rows.last_step[:] = self._last_steps(number)
+        stored = self.description.is_stored(rows.last_step)
         if stored.any():
-            rows.weight[:] = self._chunk(WEIGHT, number)
-            for moment, name in zip(np.hsplit(rows.state, rows.moments), description.moments, strict=True):
-                moment[:] = self._chunk(name, number)
+            self._read_rows(WEIGHT, number, rows.weight)
+            for moment, name in zip(np.hsplit(rows.state, rows.moments), self.description.moments, strict=True):
+                self._read_rows(name, number, moment)
         self._fill(rows, start, np.flatnonzero(~stored))
         return rows
+
+    def _empty(self, num_rows: int) -> RowState:
+        return empty_rows(num_rows, self.description.row_dim, self.wide, self.description.num_moments)
 
     def _fill(self, rows: RowState, first_row: int, left_out: NDArray[np.int64]) -> None:
         """Complete a block with its rows that are left out."""
@@ -136,16 +168,30 @@ class TableReader:
         rows.weight[left_out] = initial_rows(left_out + first_row, row_dim, self.wide, seed, std)
         rows.state[left_out] = 0
 
-    def _chunk(self, name: str, number: int) -> Any:
-        """Array `name`'s part of a stored block."""
-        array: Any = self._group[name]
-        chunk = f"{name}/c.{number}" + ".0" * (array.ndim - 1)
-        size = array.chunks[0]
-        start, stop = number * size, min((number + 1) * size, array.shape[0])
-        where = f"{self.path}: chunk {chunk} ({'steps' if name == LEARNING_RATES else 'rows'} {start}..{stop - 1})"
-        if not (self.path / chunk).is_file():
-            raise UsageError(f"{where} is missing; use another save")
+    def _last_steps(self, number: int) -> NDArray[np.int32]:
+        """Of a stored block."""
+        start, stop = self.block(number)
+        out = np.empty(self.description.block_rows, np.int32)
+        self._read(LAST_STEP, number, (start, stop), out)
+        return out[: stop - start]
+
+    def _read_rows(self, name: str, number: int, out: NDArray[Any]) -> None:
+        """Array `name`'s rows of a stored block into `out`."""
+        block_rows = self.description.block_rows
+        is_direct = out.flags.c_contiguous and len(out) == block_rows
+        chunk = out if is_direct else np.empty((block_rows, self.description.row_dim), self.wide)
+        self._read(name, number, self.block(number), chunk)
+        if not is_direct:
+            out[:] = chunk[: len(out)]
+
+    def _read(self, name: str, number: int, span: tuple[int, int], out: NDArray[Any]) -> None:
+        """A whole chunk of array `name` into `out`."""
+        file = chunk_file(name, number)
+        kind = "steps" if name == LEARNING_RATES else "rows"
+        where = f"{self.path}: chunk {file} ({kind} {span[0]}..{span[1] - 1})"
         try:
-            return np.asarray(array[start:stop])
-        except Exception as error:  # each codec has its own class for bytes that it cannot decode
+            decode((self.path / file).read_bytes(), out)
+        except FileNotFoundError as error:
+            raise UsageError(f"{where} is missing; use another save") from error
+        except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(f"{where} is damaged ({error}); use another save") from error

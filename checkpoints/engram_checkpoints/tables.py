@@ -1,24 +1,26 @@
-"""One rank's rows of the tables to and from disk (`table_format` says what stands there)."""
+"""One rank's rows of the tables from disk (`table_format` says what stands there)."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
+import numba
 import numpy as np
 
-from engram_checkpoints.table_format import TableWriter
 from engram_checkpoints.table_reader import TableReader
+from engram_kernels.catch_up import CatchUp
+from engram_kernels.row_state import RowState
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.row_optimizer import RowOptimizer
 from engram_megatron.tables.row_layout import Block
 from engram_megatron.tables.table_shard import InitialRows, TableShard, without_history
 
-
-def write_shard(writer: TableWriter, shard: TableShard) -> None:
-    """Write this rank's rows, one block at a time."""
-    for block in shard.layout.blocks(shard.shard):
-        if writer.write_last_step(block.start, shard.last_step[block.local]):
-            writer.write_rows(block.start, shard.exact(np.arange(block.local.start, block.local.stop)))
+_THREADS = 2  # one waits for the disk while the other unpacks
+_PIECES_AHEAD = 3
 
 
 def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = False) -> None:
@@ -45,26 +47,54 @@ def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = Fals
     optimizer.restore(np.empty(0) if weights_only else reader.learning_rates())
     shard.initial = None if initial is None else InitialRows(**initial)
     shard.touched_rows = 0
-    catch_up = reader.catch_up() if weights_only else None
-    for block in shard.layout.blocks(shard.shard):
-        for start, stop in reader.pieces(block.start, block.stop):
-            piece = Block(block.number, start, stop, block.local_start + start - block.start)
-            if weights_only and initial is None:
-                values = without_history(reader.weights(start, stop, catch_up), shard.moments)
-                shard.write(np.arange(piece.num_rows) + piece.local_start, values)
-            else:
-                _load_piece(reader, shard, piece)
+    is_anew = weights_only and initial is None
+    catch_up = reader.catch_up() if is_anew else None
+    # numba's limit is each thread's own: a new one would take all cores, also those of the other ranks of this host.
+    limit = numba.get_num_threads()
+    with ThreadPoolExecutor(_THREADS, initializer=numba.set_num_threads, initargs=(limit,)) as pool:
+        for piece, rows in _read_ahead(pool, reader, shard, catch_up, is_anew=is_anew):
+            _take(shard, piece, rows)
 
 
-def _load_piece(reader: TableReader, shard: TableShard, piece: Block) -> None:
-    """Rows of one stored block; a shard that makes rows from the seed takes those that ever had a gradient."""
-    last_step = reader.last_step(piece.start, piece.stop)
-    shard.touched_rows += int(np.count_nonzero(last_step))
-    if shard.initial is not None and not last_step.any():
+def _read_ahead(
+    pool: ThreadPoolExecutor, reader: TableReader, shard: TableShard, catch_up: CatchUp | None, *, is_anew: bool
+) -> Iterator[tuple[Block, RowState | None]]:
+    """The shard's rows piece by piece, each in one stored block, some pieces read before they are asked for.
+    `is_anew`: as of the last step, without a history."""
+
+    def read(piece: Block) -> RowState | None:
+        if is_anew:
+            return without_history(reader.weights(piece.start, piece.stop, catch_up), shard.moments)
+        if shard.initial is not None and not reader.last_step(piece.start, piece.stop).any():
+            return None
+        return reader.rows(piece.start, piece.stop)
+
+    pieces = iter(
+        [
+            Block(block.number, start, stop, block.local_start + start - block.start)
+            for block in shard.layout.blocks(shard.shard)
+            for start, stop in reader.pieces(block.start, block.stop)
+        ]
+    )
+    reading = deque((piece, pool.submit(read, piece)) for piece in islice(pieces, _PIECES_AHEAD))
+    while reading:
+        piece, rows = reading.popleft()
+        yield piece, rows.result()
+        reading.extend((piece, pool.submit(read, piece)) for piece in islice(pieces, 1))
+
+
+def _take(shard: TableShard, piece: Block, rows: RowState | None) -> None:
+    """Write a piece; None: none of its rows ever had a gradient. A shard that makes rows from the seed takes the others
+    only."""
+    if rows is None:
         shard.set_initial(piece)
         return
-    rows = np.flatnonzero(last_step) if shard.makes_rows else np.arange(piece.num_rows)
-    shard.write(rows + piece.local_start, reader.rows(piece.start, piece.stop).exact(rows))
+    local = np.arange(piece.local.start, piece.local.stop)
+    shard.touched_rows += int(np.count_nonzero(rows.last_step))
+    if shard.makes_rows:
+        touched = np.flatnonzero(rows.last_step)
+        local, rows = local[touched], rows.exact(touched)
+    shard.write(local, rows)
 
 
 def _check_fits(reader: TableReader, shard: TableShard, update: str | None) -> None:

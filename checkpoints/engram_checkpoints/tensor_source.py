@@ -24,7 +24,8 @@ class TensorSource(Protocol):
     """Where tensors can be read from. Names are those of `engram_checkpoints.backbone`."""
 
     @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By name."""
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """A copy of a tensor, or of `rows` along its first dimension (a slice of step 1). Raises `UsageError` where it

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engram_checkpoints.checkpoint_files import COMPLETE, FileSums, read_manifest, sum_of
+from engram_checkpoints.checkpoint_files import FileSums, read_manifest, sum_of
 from engram_megatron.errors import UsageError
 
 TRAIN_STATE = "train_state.json"
@@ -44,10 +44,7 @@ class TrainState:
                 )
             return cls(**values)
         except (OSError, TypeError, ValueError, KeyError) as error:
-            raise UsageError(
-                f"{path} is damaged ({error}); use another checkpoint (without {checkpoint / COMPLETE}, --resume takes "
-                "the one before)"
-            ) from error
+            raise UsageError(f"{path} is damaged ({error}); use another checkpoint") from error
 
     def write(self, checkpoint: Path, sums: FileSums) -> None:
         sums.write_json(checkpoint / TRAIN_STATE, asdict(self))

@@ -12,8 +12,9 @@ import numpy as np
 import psutil
 
 from engram_checkpoints.checkpoint_files import FileSums
-from engram_checkpoints.table_format import TableDescription, TableWriter, create
-from engram_checkpoints.tables import load_shard, write_shard
+from engram_checkpoints.table_snapshot import TableSnapshot
+from engram_checkpoints.table_writer import TableWriter
+from engram_checkpoints.tables import load_shard
 from engram_kernels.catch_up import CatchUp
 from engram_megatron import platform
 from engram_megatron.optimizer.row_adam import RowAdam
@@ -41,9 +42,11 @@ def start_and_save(rank: int, world_size: int, path: Path) -> Peak:
     adam.shard.initialize(seed=1, std=0.02)
     rows = np.arange(0, NUM_ROWS, 8)
     adam.step(RowGradients.summed(rows, [np.full((rows.size, ROW_DIM), 1e-3, np.float32)]), 1e-3)
-    description, sums = TableDescription.of(adam), FileSums(path.parent)
-    create(path, description, adam.learning_rates, sums)
-    write_shard(TableWriter(path, description, sums), adam.shard)
+    snapshot, sums = TableSnapshot(adam), FileSums(path.parent)
+    snapshot.create(path, sums)
+    with TableWriter(path, snapshot.description, sums) as writer:
+        snapshot.write(writer)
+    snapshot.close()
     return Peak(adam.shard.memory.resident_bytes(), _peak() - before - rows.size * ROW_DIM * 4)
 
 

@@ -20,3 +20,4 @@ import megatron.core.pipeline_parallel.schedules
 import numba
 
 import engram_megatron.layouts.case
+import engram_megatron.layouts.resume_case

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
-from engram_megatron.layouts.records import Array, Plan, RankRecord, Rows, Shard, State, StepRecord
+from engram_megatron.layouts.records import Array, Plan, RankRecord, Rows, Shard, State, StepChoices, StepRecord
 from engram_megatron.layouts.routing_replay import ChoiceRecorder, ChoiceReplay
 from engram_megatron.layouts.small_model import global_batch, hasher_of, microbatches
 from engram_megatron.layouts.weights import jitter_weights, roughen
@@ -80,15 +80,23 @@ def train_small_model(rank: int, world_size: int, config: RunConfig, plan: Plan)
     run = SmallRun(config, rank, world_size)
     if plan.jitter:
         jitter_weights(run.chunks, plan.jitter)
+    start = run.state()
+    steps, choices = train_steps(run, plan, first=0)
+    return RankRecord(start, steps, run.state(), choices)
+
+
+def train_steps(run: SmallRun, plan: Plan, first: int) -> tuple[list[StepRecord], list[StepChoices]]:
+    """Steps `first` .. `plan.num_steps` - 1 of a run that has done those before; at most one call for a `SmallRun`."""
+    config, ranks = run.config, run.ranks
     recorder = _Recorder(run)
     listener = ChoiceRecorder(run.chunks) if plan.record_choices else None
-    replay = ChoiceReplay(run.chunks, config, run.ranks) if plan.choices is not None else None
-    start, steps, choices = run.state(), [], []
-    for step in range(plan.num_steps):
+    replay = ChoiceReplay(run.chunks, config, ranks) if plan.choices is not None else None
+    steps, choices = [], []
+    for step in range(first, plan.num_steps):
         if replay is not None and plan.choices is not None:
             replay.start_step(plan.choices[step])
         batch = global_batch(step, config)
-        mine = microbatches(batch, config.training.micro_batch_size, run.ranks.data_rank, run.ranks.data_ranks)
+        mine = microbatches(batch, config.training.micro_batch_size, ranks.data_rank, ranks.data_ranks)
         result = run.trainer.train_step(step, mine, stop_requested=False)
         if listener is not None:
             choices.append(listener.take_step())
@@ -104,7 +112,7 @@ def train_small_model(rank: int, world_size: int, config: RunConfig, plan: Plan)
                 after=run.state() if recorded else NO_STATE,
             )
         )
-    return RankRecord(start, steps, run.state(), choices)
+    return steps, choices
 
 
 class _Recorder:

@@ -15,13 +15,25 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     data_ranks = config.parallel.data(world_size)
     num_microbatches = config.training.num_microbatches(data_ranks)
     _check_context(config)
+    check_model_divides(config)
+    parallel = config.parallel
+    check(
+        parallel.virtual_pipeline == 1 or num_microbatches % parallel.pipeline == 0,
+        f"parallel.virtual_pipeline = {parallel.virtual_pipeline}: {num_microbatches} microbatches per step are not "
+        f"divisible by parallel.pipeline = {parallel.pipeline}; change training.global_batch_size or "
+        "training.micro_batch_size",
+    )
+
+
+def check_model_divides(config: RunConfig) -> None:
+    """Raise `UsageError` where the tensors of the model cannot be divided as `config.parallel` says, on any machine."""
     _check_experts(config)
     for what, size in _divided_over_tensor_ranks(config).items():
         check(
             size % config.parallel.tensor == 0,
             f"{what} = {size} is not divisible by parallel.tensor = {config.parallel.tensor}",
         )
-    _check_pipeline(config, num_microbatches)
+    _check_chunks(config)
     pipeline_layout(config)
 
 
@@ -36,7 +48,7 @@ def _check_experts(config: RunConfig) -> None:
     )
 
 
-def _check_pipeline(config: RunConfig, num_microbatches: int) -> None:
+def _check_chunks(config: RunConfig) -> None:
     pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
     check(
         chunks == 1 or pipeline > 1,
@@ -46,11 +58,6 @@ def _check_pipeline(config: RunConfig, num_microbatches: int) -> None:
         pipeline * chunks <= config.model.num_layers,
         f"parallel.pipeline * virtual_pipeline = {pipeline} * {chunks} = {pipeline * chunks} exceeds "
         f"model.num_layers = {config.model.num_layers}: every chunk needs a layer",
-    )
-    check(
-        chunks == 1 or num_microbatches % pipeline == 0,
-        f"parallel.virtual_pipeline = {chunks}: {num_microbatches} microbatches per step are not divisible by "
-        f"parallel.pipeline = {pipeline}; change training.global_batch_size or training.micro_batch_size",
     )
 
 

@@ -63,7 +63,7 @@ class RowSinkhorn:
         optimizer, row_dim = self.optimizer, self.shard.row_dim
         sample = UpdateSample(self.shard, row_gradients.local_rows, None)
         self.shard.touch(row_gradients.local_rows)
-        (part,) = self.shard.updating(row_gradients.local_rows)
+        (part,) = self.shard.sweeping(row_gradients.local_rows)
         layers = [self._of_layer(part, layer, row_gradients, gradient_scale) for layer in range(self._table_rows.size)]
         for layer in layers:
             layer.blend()

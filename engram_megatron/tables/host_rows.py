@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_kernels.catch_up import CatchUp
+from engram_kernels.copy_rows import copy_rows
 from engram_kernels.row_state import RowState
 from engram_megatron.tables.host_memory import check_host_memory
 from engram_megatron.tables.node_memory import HugePages, MemoryHandle, NodeMemory, bytes_of_arrays
@@ -73,6 +74,10 @@ class HostRows:
 
     def exact(self, rows: Int64) -> RowState:
         return self.table.exact(rows)
+
+    def copy_to(self, rows: Int64, target: RowState, places: Int64) -> None:
+        copy_rows((self.table.weight, self.table.state), rows, (target.weight, target.state), places)
+        target.last_step[places] = self.last_step[rows]
 
     def write(self, rows: Int64, values: RowState) -> None:
         self.table.set_exact(rows, values)

@@ -10,6 +10,7 @@ In memory of every row: its last step, its place among the hot ones, and how oft
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from engram_kernels.catch_up import CatchUp
 from engram_kernels.copy_rows import copy_rows
 from engram_kernels.gather_rows import check_rows
 from engram_kernels.hot_places import HotPlaces
-from engram_kernels.row_state import RowState, empty_rows
+from engram_kernels.row_state import RowState
 from engram_megatron.tables.node_memory import ArraySpec, HugePages, MemoryHandle, NodeMemory, bytes_of_arrays
 from engram_megatron.tables.row_file import FileHandle, RowFile
 from engram_megatron.tables.row_store import Int64, RowFormat, RowPart, read_weights
@@ -59,6 +60,7 @@ class NvmeRows:
         )
         self._hot = RowState(*hot)
         self._places = HotPlaces(self.place_of, past_uses, row_at, uses)
+        self._moves = threading.Lock()  # held while rows come in and others go out, for copies beside an update
 
     @classmethod
     def create(
@@ -87,8 +89,15 @@ class NvmeRows:
     def exact(self, rows: Int64) -> RowState:
         return self._copy(rows).exact()
 
+    def copy_to(self, rows: Int64, target: RowState, places: Int64) -> None:
+        with self._moves:
+            hot_at, hot, cold_at = self._divided(rows)
+            copy_rows((self._hot.weight, self._hot.state), hot, (target.weight, target.state), places[hot_at])
+            self.file.load(rows[cold_at], target, places[cold_at])
+            target.last_step[places] = self.last_step[rows]
+
     def write(self, rows: Int64, values: RowState) -> None:
-        copy = self._empty(rows.size)
+        copy = self.format.empty(rows.size)
         copy.set_exact(slice(None), values)
         self._store(rows, copy)
 
@@ -121,22 +130,20 @@ class NvmeRows:
 
     def _bring_in(self, rows: Int64, is_new: NDArray[np.bool_]) -> Int64:
         """The places of `rows` among the hot ones, which they have when this returns."""
-        admitted = self._places.admit(rows)
-        makes_room = admitted.left >= 0
-        self.file.save(self._hot, admitted.places[makes_room], admitted.left[makes_room])
-        from_file = admitted.is_new & ~is_new
-        self.file.load(rows[from_file], self._hot, admitted.places[from_file])
-        self._hot.state[admitted.places[is_new]] = 0
-        self._hot.last_step[admitted.places] = self.last_step[rows]
-        return admitted.places
+        with self._moves:
+            admitted = self._places.admit(rows)
+            makes_room = admitted.left >= 0
+            self.file.save(self._hot, admitted.places[makes_room], admitted.left[makes_room])
+            from_file = admitted.is_new & ~is_new
+            self.file.load(rows[from_file], self._hot, admitted.places[from_file])
+            self._hot.state[admitted.places[is_new]] = 0
+            self._hot.last_step[admitted.places] = self.last_step[rows]
+            return admitted.places
 
     def _copy(self, rows: Int64) -> RowState:
         """A copy of `rows` as they are stored."""
-        hot_at, hot, cold_at = self._divided(rows)
-        copy = self._empty(rows.size)
-        copy_rows((self._hot.weight, self._hot.state), hot, (copy.weight, copy.state), hot_at)
-        self.file.load(rows[cold_at], copy, cold_at)
-        copy.last_step[:] = self.last_step[rows]
+        copy = self.format.empty(rows.size)
+        self.copy_to(rows, copy, np.arange(rows.size))
         return copy
 
     def _store(self, rows: Int64, copy: RowState) -> None:
@@ -153,9 +160,6 @@ class NvmeRows:
         places = self.place_of[rows]
         hot_at = np.flatnonzero(places)
         return hot_at, places[hot_at].astype(np.int64) - 1, np.flatnonzero(places == 0)
-
-    def _empty(self, num_rows: int) -> RowState:
-        return empty_rows(num_rows, self.format.row_dim, self.format.stored)
 
 
 def _specs(row_format: RowFormat, num_rows: int, num_hot: int) -> list[ArraySpec]:

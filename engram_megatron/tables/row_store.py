@@ -55,6 +55,10 @@ class RowFormat:
             ((num_rows,), np.dtype(np.int32)),
         ]
 
+    def empty(self, num_rows: int) -> RowState:
+        """Rows to be written, with any content; not resident before that."""
+        return RowState(*(np.empty(shape, dtype) for shape, dtype in self.specs(num_rows)))
+
 
 @dataclass(frozen=True, eq=False)
 class RowPart:
@@ -85,6 +89,10 @@ class RowStore(Protocol):
 
     def exact(self, rows: Int64) -> RowState:
         """A copy of `rows` as `RowState.exact` gives them."""
+
+    def copy_to(self, rows: Int64, target: RowState, places: Int64) -> None:
+        """Copy `rows`, as they are stored, to `places` of `target`. Another thread of this rank may call it beside an
+        update; what it gets of rows that the update changes is then undefined."""
 
     def write(self, rows: Int64, values: RowState) -> None:
         """Set `rows`, before any was updated, to what `exact` gives."""

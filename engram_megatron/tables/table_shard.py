@@ -23,6 +23,7 @@ from engram_megatron.tables.node_memory import NodeMemory
 from engram_megatron.tables.row_init import fill_initial_rows, initial_rows
 from engram_megatron.tables.row_layout import Block, RowLayout
 from engram_megatron.tables.row_store import Commit, Placement, RowFormat, RowPart, RowStore, StoreHandle
+from engram_megatron.tables.update_observer import UpdateObserver
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class TableShard:
         self.store = store
         self.initial: InitialRows | None = None
         self.touched_rows = 0  # that ever had a gradient
+        self.observer: UpdateObserver | None = None
 
     @property
     def handle(self) -> ShardHandle:
@@ -249,14 +251,21 @@ class TableShard:
     def updating(self, local_rows: NDArray[np.int64]) -> Iterator[RowPart]:
         """`local_rows` int64 [n], strictly rising, part by part in memory, each to be updated before the next is asked
         for. Rows that are not stored yet are made."""
+        self._announce(local_rows, sweep=False)
         is_new = self._is_unmade(local_rows)
         return self._made(local_rows, is_new, self.store.updating(local_rows, is_new))
 
     def sweeping(self, local_rows: NDArray[np.int64]) -> Iterator[RowPart]:
         """As `updating`; beside `local_rows` the tables of the parts hold all rows that ever had a gradient, to be
         updated too."""
+        self._announce(local_rows, sweep=True)
         is_new = self._is_unmade(local_rows)
         return self._made(local_rows, is_new, self.store.sweeping(local_rows, is_new))
+
+    def _announce(self, local_rows: NDArray[np.int64], *, sweep: bool) -> None:
+        observer = self.observer
+        if observer is not None:
+            observer.before_update(local_rows, sweep=sweep)
 
     def _is_unmade(self, local_rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         unmade: NDArray[np.bool_] = (self.last_step[local_rows] == 0) & self.makes_rows

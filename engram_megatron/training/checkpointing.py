@@ -12,34 +12,32 @@ The data order is a pure function of the step and the model has no dropout, so n
 
 from __future__ import annotations
 
-import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
-from engram_checkpoints.backbone import load_backbone, load_backbone_weights, save_backbone
-from engram_checkpoints.checkpoint_files import COMPLETE, FileSum, FileSums, complete, damages, read_manifest
-from engram_checkpoints.table_format import TableDescription, TableWriter, create, is_table_chunk
-from engram_checkpoints.tables import load_shard, write_shard
+from engram_checkpoints.backbone import BackboneSnapshot, load_backbone, load_backbone_weights
+from engram_checkpoints.checkpoint_files import damages, read_manifest
+from engram_checkpoints.deltas import is_worthwhile, next_base
+from engram_checkpoints.table_format import Base, is_table_chunk
+from engram_checkpoints.table_snapshot import TableSnapshot
+from engram_checkpoints.tables import load_shard
 from engram_checkpoints.train_state import TrainState
 from engram_data.corpus import Corpus
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.overrides import to_dict
+from engram_megatron.training.checkpoint_writer import BACKBONE, TABLES, CheckpointWriter, Snapshot
 from engram_megatron.training.conditional_memory import ConditionalMemory
-from engram_megatron.training.parallel import Ranks
+from engram_megatron.training.parallel import Ranks, sum_over_ranks
 from engram_megatron.training.run_folder import RunFolder
-
-BACKBONE, TABLES = "backbone", "tables.zarr"
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the last complete one stands."""
+from engram_megatron.training.train_state import advice_on_damage
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,56 +51,45 @@ class Checkpointer:
     optimizer: BackboneOptimizer
     memory: ConditionalMemory | None
     corpus: Corpus
+    writer: CheckpointWriter
 
-    def save(self, step: int, tokens_seen: int) -> Path:
-        """Write the checkpoint of `step`; nothing counts before COMPLETE stands in it.
-
-        The tables are at rest for as long: no update of theirs is under way.
+    def save(self, step: int, tokens_seen: int, *, wait: bool) -> None:
+        """Write the checkpoint of `step` as everything stands now, while training goes on, or `wait` for it. A
+        checkpoint in flight is waited for first.
 
         Raises:
-            SaveError: the file system refused (a full disk, a quota); on the ranks that met it.
+            SaveError: the file system refused (a full disk, a quota), that one or, with `wait`, this one; on all ranks.
         """
-        path = self.folder.checkpoint(step)
-        if self.memory is not None:
-            self.memory.finish()
-        try:
-            self._write(path, step, tokens_seen)
-        except (OSError, CheckpointException) as error:  # torch wraps its writers' errors
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            free_gib = shutil.disk_usage(self.folder.path).free / 1024**3
-            raise SaveError(
-                f"checkpoint {path} could not be written ({reason}); {free_gib:.2f} GiB are free there; make room and "
-                "continue from the last complete one with --resume"
-            ) from error
-        return path
+        started = time.perf_counter()
+        self.writer.finish()
+        memory = self.memory
+        if memory is not None:
+            memory.finish()
+        snapshot = Snapshot(
+            started=started,
+            path=self.folder.checkpoint(step),
+            state=self._state(step, tokens_seen),
+            backbone=BackboneSnapshot(self.chunks, self.optimizer),
+            tables=None if memory is None else self._table_snapshot(memory),
+        )
+        self.writer.write(snapshot, wait=wait)
 
-    def _write(self, path: Path, step: int, tokens_seen: int) -> None:
-        sums = FileSums(path)
-        if self.ranks.is_first:
-            if path.exists():  # what a killed run left half-written
-                (path / COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
-        self._barrier()
-        save_backbone(path / BACKBONE, self.chunks, self.optimizer, sums)
-        if self.memory is not None:
-            self._write_tables(path / TABLES, self.memory, sums)
-        if self.ranks.is_first:
-            self._state(step, tokens_seen).write(path, sums)
-        of_ranks: list[dict[str, FileSum]] = [{}] * self.ranks.world_size
-        # What COMPLETE vouches for must be on disk before it is.
-        dist.all_gather_object(of_ranks, sums.flush(), group=self.ranks.host_group)
-        if self.ranks.is_first:
-            complete(path, {name: file_sum for of_rank in of_ranks for name, file_sum in of_rank.items()})
-            self.folder.remove_old_checkpoints(self.config.checkpoint.keep_last)
-        self._barrier()
-
-    def _write_tables(self, path: Path, memory: ConditionalMemory, sums: FileSums) -> None:
-        description = TableDescription.of(memory.optimizer)
-        if self.ranks.is_first:
-            create(path, description, memory.optimizer.learning_rates, sums)
-        self._barrier()
-        write_shard(TableWriter(path, description, sums), memory.shard)
+    def _table_snapshot(self, memory: ConditionalMemory) -> TableSnapshot:
+        optimizer, options = memory.optimizer, self.config.checkpoint
+        base: Base | None = None
+        # Balanced momentum moves every row in every step, without a trace in its last step.
+        if optimizer.rule != "sinkhorn":
+            found: list[Base | None] = [None]
+            if self.ranks.is_first:
+                complete = self.folder.complete_checkpoints()
+                found = [next_base(complete, options.deltas_between_full, optimizer.step_count)]
+            dist.broadcast_object_list(found, src=0, group=self.ranks.host_group)
+            (base,) = found
+        if base is not None:
+            changed = np.count_nonzero(memory.shard.last_step > base.step_count)
+            total = sum_over_ranks([float(changed), float(memory.shard.touched_rows)], self.ranks)
+            base = base if is_worthwhile(*total) else None
+        return TableSnapshot(optimizer, options.staging_bytes, base)
 
     def load(self, path: Path) -> TrainState:
         """Continue from `path`, bit for bit (`preflight` has compared configs and hash identities).
@@ -110,10 +97,11 @@ class Checkpointer:
         Raises:
             UsageError: a tensor or chunk is missing, damaged or of another shape.
         """
-        state = TrainState.read(path)
-        self._check_files(path)
-        load_backbone(path / BACKBONE, self.chunks, self.optimizer)
-        self._load_tables(path, weights_only=False)
+        with advice_on_damage():
+            state = TrainState.read(path)
+            self._check_files(path)
+            load_backbone(path / BACKBONE, self.chunks, self.optimizer)
+            self._load_tables(path, weights_only=False)
         return state
 
     def load_weights(self, path: Path) -> None:
@@ -159,6 +147,3 @@ class Checkpointer:
             hash_identity=None if self.memory is None else self.memory.hasher.identity(),
             config=to_dict(self.config),
         )
-
-    def _barrier(self) -> None:
-        dist.barrier(group=self.ranks.host_group)

@@ -1,7 +1,7 @@
 """Everything that can be refused before a rank starts work: config, layout, corpus, run folder, checkpoints.
 
 `launch/train.py` calls it in the process that the user started, so that a mistake costs a second and one line.
-Nothing here writes to disk, makes a process group or imports megatron-core.
+Nothing here makes a process group or imports megatron-core, nor writes to disk, but to set a damaged checkpoint aside.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram_checkpoints.train_state import TrainState
+from engram_checkpoints.verify import set_aside_damaged
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
@@ -26,7 +27,7 @@ from engram_megatron.tables.placement import placement_of
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.tables.row_store import RowFormat
 from engram_megatron.training.run_folder import RunFolder
-from engram_megatron.training.train_state import check_hash_identity, check_resume, check_tokenizer
+from engram_megatron.training.train_state import advice_on_damage, check_hash_identity, check_resume, check_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +40,20 @@ class Inputs:
     resume_from: Path | None
 
 
-def check_start(config: RunConfig, num_ranks: int, *, resume: bool) -> None:
+def check_start(config: RunConfig, num_ranks: int, *, resume: bool, set_aside: bool = False) -> None:
     """What the process that the user started checks before it starts `num_ranks` ranks on this host.
+
+    `set_aside`: the newest checkpoint is read through first, and set aside where it is damaged, with a line that says
+    so, until one is whole.
 
     Raises:
         UsageError, CorpusError: the first thing that cannot work, in one line.
     """
+    if set_aside and config.run_dir:
+        folder = RunFolder(config.run_dir)
+        folder.check_unlocked()
+        folder.check_writable()
+        set_aside_damaged(folder.complete_checkpoints(), print)
     inputs = open_inputs(config, num_ranks, resume=resume)
     if config.engram is not None and inputs.hasher is not None:
         tables = config.tables
@@ -74,8 +83,9 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
     identity = None if hasher is None else hasher.identity()
     resume_from = _resume_from(config, resume)
     if resume_from is not None:
-        state = TrainState.read(resume_from)
-        check_resume(state, config, world_size, train.fingerprint)
+        with advice_on_damage():
+            state = TrainState.read(resume_from)
+        check_resume(state, config, train.fingerprint)
         check_hash_identity(state, identity, resume_from)
     elif config.checkpoint.init_from:
         source = Path(config.checkpoint.init_from)

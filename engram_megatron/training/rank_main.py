@@ -39,7 +39,7 @@ def run_rank(config: RunConfig, *, resume: bool) -> int:
             platform.limit_threads(threads_per_rank())
             platform.install()
             # megatron-core must be imported after `install`
-            from engram_megatron.training.checkpointing import SaveError
+            from engram_megatron.training.checkpoint_writer import SaveError
             from engram_megatron.training.run import train
             from engram_megatron.training.trainer import NonFiniteLossError
 

@@ -23,6 +23,7 @@ from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
 from engram_megatron.optimizer.backbone import build_backbone_optimizer
 from engram_megatron.overrides import to_dict
 from engram_megatron.training import parallel
+from engram_megatron.training.checkpoint_writer import CheckpointWriter
 from engram_megatron.training.checkpointing import Checkpointer
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.metrics import MetricsLog
@@ -30,7 +31,7 @@ from engram_megatron.training.parallel import Ranks
 from engram_megatron.training.preflight import Inputs, open_inputs
 from engram_megatron.training.run_folder import RunFolder
 from engram_megatron.training.stop_signal import StopSignal
-from engram_megatron.training.trainer import StepResult, Trainer
+from engram_megatron.training.trainer import NonFiniteLossError, StepResult, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,10 @@ class _Run:
         if self.log is not None:
             self.log.say(line)
 
+    @property
+    def writer(self) -> CheckpointWriter:
+        return self.checkpointer.writer
+
 
 def train(
     config: RunConfig,
@@ -89,9 +94,13 @@ def train(
     run = _build(config, ranks, inputs, on_table_failure)
     try:
         summary = _loop(run, stop)
+    except NonFiniteLossError:
+        _finish_saving(run)  # all ranks are here, and the message names the last checkpoint
+        raise
     finally:
         if run.log is not None:
             run.log.close()
+    run.writer.close()
     if run.trainer.memory is not None:
         run.trainer.memory.close()
     if run.log is not None:
@@ -119,7 +128,10 @@ def _build(
         distributed_optimizer=config.parallel.distributed_optimizer,
     )
     optimizer = build_backbone_optimizer(chunks, config)
-    checkpointer = Checkpointer(folder, config, ranks, chunks, optimizer, memory, inputs.train)
+    writer = CheckpointWriter(
+        ranks, config.parallel.collective_timeout_s, lambda: folder.remove_old_checkpoints(config.checkpoint)
+    )
+    checkpointer = Checkpointer(folder, config, ranks, chunks, optimizer, memory, inputs.train, writer)
     step, tokens_seen = _restore(config, checkpointer, inputs)
     log = None
     if ranks.is_first:
@@ -160,13 +172,14 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
     upcoming: Sequence[Batch] | None = None
     with _profiler(run) as profiler:
         while run.step < num_steps and stopped_by is None:
-            reason = stop.reason()
+            asks_to_stop = stop.reason() is not None or run.writer.has_failed
             batches = run.train.microbatches(run.step) if upcoming is None else upcoming
             upcoming = run.train.microbatches(run.step + 1) if run.step + 1 < num_steps else None
-            result = run.trainer.train_step(run.step, batches, stop_requested=reason is not None, next_batches=upcoming)
+            result = run.trainer.train_step(run.step, batches, stop_requested=asks_to_stop, next_batches=upcoming)
             run.step += 1
             run.tokens_seen += result.num_tokens
             _log_step(run, result)
+            _log_saved(run)
             if profiler is not None:
                 profiler.step()
             if result.stop_requests:
@@ -177,12 +190,14 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
                 _save(run)
     if stopped_by is None:
         last_validation = _validate(run)
+    _save(run)
+    _finish_saving(run)
     return RunSummary(
         step=run.step,
         tokens_seen=run.tokens_seen,
         first_validation_loss=first_validation,
         last_validation_loss=last_validation,
-        checkpoint=_save(run),
+        checkpoint=run.folder.checkpoint(run.step),
         stopped_by=stopped_by,
     )
 
@@ -214,13 +229,24 @@ def _validate(run: _Run) -> float:
     return loss
 
 
-def _save(run: _Run) -> Path:
-    path = run.folder.checkpoint(run.step)
+def _save(run: _Run) -> None:
     if run.saved_step != run.step:
-        path = run.checkpointer.save(run.step, run.tokens_seen)
+        run.checkpointer.save(run.step, run.tokens_seen, wait=not run.config.checkpoint.asynchronous)
         run.saved_step = run.step
-        run.say(f"saved {path}")
-    return path
+        _log_saved(run)
+
+
+def _finish_saving(run: _Run) -> None:
+    run.writer.finish()
+    _log_saved(run)
+
+
+def _log_saved(run: _Run) -> None:
+    """Not collective: ranks learn at their own time of a checkpoint that is complete."""
+    for saved in run.writer.take_saved():
+        if run.log is not None:
+            values = {"checkpoint/seconds": saved.seconds, "checkpoint/stall_ms": saved.stall_s * 1e3}
+            run.log.saved(saved.step, values, saved.path)
 
 
 @contextlib.contextmanager

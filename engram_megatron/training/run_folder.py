@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from engram_checkpoints.checkpoint_files import COMPLETE
-from engram_megatron.config import RunConfig
+from engram_checkpoints.deltas import bases_of
+from engram_checkpoints.run_checkpoints import complete_checkpoints
+from engram_megatron.config import CheckpointConfig, RunConfig
 from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import from_dict, leaves, to_dict
@@ -98,20 +100,29 @@ class RunFolder:
 
     def complete_checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path.parent for path in self.checkpoints.glob(f"step_*/{COMPLETE}"))
+        return complete_checkpoints(self.path)
 
-    def remove_old_checkpoints(self, keep_last: int) -> None:
-        """Remove all but the newest `keep_last` complete checkpoints (0 keeps all), and older incomplete ones.
+    def remove_old_checkpoints(self, keep: CheckpointConfig) -> None:
+        """Remove all but the newest `keep_last` complete checkpoints (0 keeps all) and those of every
+        `keep_every_steps`-th step and what those are deltas of, and older incomplete ones.
 
         COMPLETE goes first, so that a removal cut short never leaves a folder that looks whole.
         """
         complete = self.complete_checkpoints()
         newest = complete[-1] if complete else None
-        stale = complete[:-keep_last] if keep_last else []
+        stale = complete[: -keep.keep_last] if keep.keep_last else []
+        if keep.keep_every_steps:
+            stale = [path for path in stale if _step(path) % keep.keep_every_steps]
+        bases = bases_of([path for path in complete if path not in stale])
+        stale = [path for path in stale if path not in bases]
         stale += [p for p in self.checkpoints.glob("step_*") if newest and p < newest and p not in complete]
         for path in stale:
             (path / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(path)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def check_resumable(saved: dict[str, Any], config: RunConfig) -> None:

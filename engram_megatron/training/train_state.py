@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,21 @@ from engram_megatron.hashing.ngram_hasher import identity_difference
 from engram_megatron.training.run_folder import check_resumable
 
 
-def check_resume(state: TrainState, config: RunConfig, world_size: int, corpus_fingerprint: str) -> None:
-    """Raise `UsageError` where a resume of `state` would not continue the same run."""
-    check_resumable(state.config, config)
-    if state.world_size != world_size:
+@contextmanager
+def advice_on_damage() -> Iterator[None]:
+    """Around the reading of the checkpoint that a run continues from: an error says how to take the one before."""
+    try:
+        yield
+    except UsageError as error:
         raise UsageError(
-            f"cannot resume on {world_size} ranks: the checkpoint was made on {state.world_size}; start as many, or "
-            "start a new run with checkpoint.init_from (weights only)"
-        )
+            f"{error}; if it is damaged, --resume --set-aside-damaged takes the one before (under torchrun first run "
+            "launch/verify_checkpoint.py RUN_DIR --set-aside)"
+        ) from error
+
+
+def check_resume(state: TrainState, config: RunConfig, corpus_fingerprint: str) -> None:
+    """Raise `UsageError` where a resume of `state` would not continue the same run, on however many ranks."""
+    check_resumable(state.config, config)
     if state.corpus_fingerprint != corpus_fingerprint:
         raise UsageError(
             f"cannot resume: {config.data.corpus} has fingerprint {corpus_fingerprint[:12]}, the checkpoint was "

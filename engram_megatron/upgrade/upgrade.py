@@ -11,9 +11,10 @@ import numpy as np
 
 from engram_checkpoints.backbone_reader import BackboneReader
 from engram_checkpoints.checkpoint_files import damages, read_manifest
-from engram_checkpoints.offline_writer import BACKBONE, TABLES, OfflineWriter, check_is_new
+from engram_checkpoints.offline_writer import BACKBONE, TABLES, OfflineWriter
 from engram_checkpoints.table_format import is_table_chunk
 from engram_checkpoints.table_reader import TableReader
+from engram_checkpoints.target_folder import check_is_new
 from engram_checkpoints.tensor_source import TensorSource
 from engram_checkpoints.train_state import TrainState
 from engram_data.corpus import Corpus

@@ -87,6 +87,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source", [Layout(4, distributed=True, expert=2), Layout(2, distributed=True, tensor=2), Layout(2, False)], ids=str
 )

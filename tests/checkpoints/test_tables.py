@@ -167,7 +167,9 @@ def _placements(disk: Path) -> list[Placement]:
     ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(d, marks=pytest.mark.slow) for d in ("bfloat16", "float64"))]
+)
 def test_tables_of_every_placement_go_on_as_those_of_every_other(tmp_path: Path, disk: Path, dtype: str) -> None:
     expected_then, expected = (_table([_never_saved(range(steps), dtype=dtype)]) for steps in (5, 8))
     for number, placement in enumerate(_placements(disk)):

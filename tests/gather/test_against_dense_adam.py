@@ -110,7 +110,9 @@ def test_bfloat16_tables_train_exact_float32_weights() -> None:
         np.testing.assert_allclose(masters, parameter.detach().numpy(), rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+@pytest.mark.parametrize(
+    "ranks_per_node", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_two_runs_are_bit_identical_and_waves_change_nothing(ranks_per_node: int) -> None:
     for waves in (2, 1):
         again = run_ranks(sharded_history, 4, case_tables("float32", ranks_per_node, waves))

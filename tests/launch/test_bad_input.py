@@ -17,7 +17,7 @@ from engram_checkpoints.checkpoint_files import FileSums, complete
 from engram_checkpoints.train_state import FORMAT, TrainState
 from engram_data.corpus import Corpus
 from engram_megatron.config import RunConfig
-from engram_megatron.overrides import to_dict
+from engram_megatron.overrides import apply_overrides, to_dict
 from engram_megatron.training.preflight import open_inputs
 from engram_megatron.training.run_folder import write_json
 
@@ -213,8 +213,6 @@ def test_folder_in_which_a_job_runs(refused: Refused) -> None:
         (["optimizer.learning_rate=1"], ["optimizer.learning_rate = 1.0", "0.002"]),
         (["training.num_steps=7"], ["training.num_steps = 7", "made with 6"]),
         (["engram=none"], ["engram = None"]),
-        (["--nproc-per-node=1", "parallel.expert=1"], ["parallel.expert = 1", "made with 2"]),
-        (["--nproc-per-node=4", "training.micro_batch_size=1"], ["training.micro_batch_size = 1", "made with 2"]),
     ],
     ids=lambda value: value[0] if "=" in value[0] else None,
 )
@@ -225,11 +223,40 @@ def test_resume_with_another_key(refused: Refused, arguments: list[str], told: l
         assert part in line
 
 
-def test_resume_on_another_number_of_ranks(refused: Refused) -> None:
-    save_state(tiny_config(refused.corpus, refused.run_dir, "training.global_batch_size=8"))
-    line = refused("--resume", "--nproc-per-node=4", "training.global_batch_size=8")
-    assert "on 4 ranks" in line
-    assert "made on 2" in line
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--nproc-per-node=3", "parallel.expert=1"], ["global_batch_size = 4", "2 * 3 = 6"]),
+        (["--nproc-per-node=4"], ["global_batch_size = 4", "2 * 4 = 8"]),
+        (["--nproc-per-node=3"], ["3 * 1 * 1 = 3", "expert = 2"]),
+        (["training.micro_batch_size=3"], ["global_batch_size = 4", "3 * 2 = 6"]),
+        (["parallel.tensor=2", "parallel.pipeline=2"], ["world size 2", "2 * 2 * 1 = 4"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else None,
+)
+def test_resume_in_a_layout_that_does_not_fit(refused: Refused, arguments: list[str], told: list[str]) -> None:
+    save_state(tiny_config(refused.corpus, refused.run_dir))
+    line = refused("--resume", *arguments)
+    for part in told:
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, ["parallel.expert=1"]),
+        (4, ["parallel.tensor=2", "parallel.expert=4", "tables.block_rows=100"]),
+        (4, ["training.micro_batch_size=1", "parallel.distributed_optimizer=true"]),
+        (2, ["parallel.expert=1", "parallel.pipeline=2", "parallel.pipeline_layout=Et|tL"]),
+    ],
+    ids=str,
+)
+def test_resume_in_another_layout_is_let_through(
+    ranks: int, overrides: list[str], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_corpus, tmp_path / "run")
+    checkpoint = save_state(config)
+    assert open_inputs(apply_overrides(config, overrides), ranks, resume=True).resume_from == checkpoint
 
 
 def test_resume_on_another_corpus_in_the_same_place(refused: Refused, tmp_path: Path) -> None:

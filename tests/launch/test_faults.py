@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # six starts of a job
 NUM_STEPS, SAVE_EVERY, STEPS_BEFORE = 12, 2, 3
 RUN = (
     *("--nproc-per-node=2", f"training.num_steps={NUM_STEPS}"),
-    *(f"checkpoint.every_steps={SAVE_EVERY}", "checkpoint.keep_last=0"),
+    *(f"checkpoint.every_steps={SAVE_EVERY}", "checkpoint.keep_last=0", "checkpoint.asynchronous=false"),
     "tables.ranks_per_node=1",  # so that rows cross the network although both ranks are on this host
     "parallel.collective_timeout_s=3600",  # so that no collective gives up by itself while a test waits
 )

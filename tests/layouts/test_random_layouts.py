@@ -168,7 +168,7 @@ def accepted(config: RunConfig, ranks: int) -> bool:
 UNHURRIED = {"deadline": None, "suppress_health_check": list(HealthCheck), "phases": (Phase.explicit, Phase.generate)}
 
 
-@settings(max_examples=4, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
+@settings(max_examples=2, derandomize=True, **UNHURRIED)  # type: ignore[arg-type]
 @given(likely_runs())
 def test_accepted_layout_equals_one_rank(run: tuple[RunConfig, int]) -> None:
     config, ranks = run

@@ -28,6 +28,7 @@ def cells(reference: Reference) -> list[RankCell]:
     return run_ranks(run_cell, 2, LAYOUT, VARIATION, reference.float64.choices)
 
 
+@pytest.mark.slow
 def test_two_tensor_ranks_pass(cells: list[RankCell], reference: Reference) -> None:
     assert judge(LAYOUT, VARIATION, cells, reference).passes
 
@@ -40,6 +41,7 @@ def with_first_step(cells: list[RankCell], change: Any) -> list[RankCell]:
     return [replace(cell, float64=changed(cell.float64)) for cell in cells]
 
 
+@pytest.mark.slow
 def test_gradient_of_the_table_that_is_counted_twice_fails(cells: list[RankCell], reference: Reference) -> None:
     def doubled(step: StepRecord) -> StepRecord:
         return replace(step, table_gradients=Rows(step.table_gradients.ids, step.table_gradients.values * 2))
@@ -49,6 +51,7 @@ def test_gradient_of_the_table_that_is_counted_twice_fails(cells: list[RankCell]
     assert outcome.gradient == (pytest.approx(1.0), "table")
 
 
+@pytest.mark.slow
 def test_norm_that_is_off_in_the_ninth_digit_fails(cells: list[RankCell], reference: Reference) -> None:
     def longer(step: StepRecord) -> StepRecord:
         return replace(step, gradient_norm=step.gradient_norm * (1 + 2e-9))
@@ -56,6 +59,7 @@ def test_norm_that_is_off_in_the_ninth_digit_fails(cells: list[RankCell], refere
     assert not judge(LAYOUT, VARIATION, with_first_step(cells, longer), reference).passes
 
 
+@pytest.mark.slow
 def test_other_experts_than_one_rank_chose_are_told(cells: list[RankCell], reference: Reference) -> None:
     def moved(step: StepRecord) -> StepRecord:
         return replace(step, tokens_per_expert={n: counts[::-1] for n, counts in step.tokens_per_expert.items()})

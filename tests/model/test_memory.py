@@ -74,8 +74,8 @@ def test_tables_are_dealt_in_blocks_over_every_rank() -> None:
     assert config.engram is not None
     row_bytes = 80 * (2 + 2 + 8) + 4  # weight and its rest, two moments, last step
     assert rank_memory(config, 64, 0, _one_value).host_tables % (config.tables.block_rows * row_bytes) == 0
-    # 72.4M rows of 964 bytes; the last blocks of 64 ranks may add 64 * 4096 rows, 0.4 %
-    assert 64 * rank_table_bytes(config, 64).host == pytest.approx(72404232 * row_bytes, rel=4e-3)
+    # 72.4M rows of 964 bytes; the last blocks of 64 ranks may add 64 * 16384 rows, 1.4 %
+    assert 64 * rank_table_bytes(config, 64).host == pytest.approx(72404232 * row_bytes, rel=1.45e-2)
     assert rank_table_rows(config, 1) == 72404232
     assert rank_memory(moe_27b(), 64, 0, _one_value).host_tables == 0
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from ranks import run_ranks
+from ranks import run_ranks, slow_above_two
 
 LR = 1e-2
 SCALES = (1.0, 0.2, 0.6, 0.5, 1.0)
@@ -135,7 +135,7 @@ def _runs(layout: Layout) -> list[tuple[Trained, Trained]]:
     return [of_rank[layout] for of_rank in _run_all(layout.ranks)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_updates_are_those_of_the_replicated_optimizer(layout: Layout) -> None:
     # Bit for bit where sums do not depend on the order: rounded gradients, or two replicas. Else gloo's reduce-scatter
     # adds replicas in another order than its all-reduce: 1e-16 of a gradient, which Adam's first step, |g| / |g|, and
@@ -154,14 +154,14 @@ def test_updates_are_those_of_the_replicated_optimizer(layout: Layout) -> None:
         assert len(set(distributed.norms_squared)) == len(SCALES)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.exact], ids=str)
+@pytest.mark.parametrize("layout", slow_above_two([layout for layout in LAYOUTS if layout.exact]), ids=str)
 def test_gradients_put_together_from_their_owners_are_the_replicated_ones(layout: Layout) -> None:
     for replicated, distributed in _runs(layout):
         for expected, gradient in zip(replicated.gradients, distributed.gradients, strict=True):
             np.testing.assert_array_equal(gradient, expected, strict=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_replicas_hold_the_same_weights_bit_for_bit(layout: Layout) -> None:
     ranks = [distributed for _, distributed in _runs(layout)]
     for step in range(len(SCALES)):
@@ -181,7 +181,7 @@ def _rows(name: str) -> tuple[str, slice]:
     return bare, slice(int(first), int(end))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_each_replica_holds_its_share_of_the_state_and_no_other(layout: Layout) -> None:
     """What all replicas of a parameter hold together is what one replica of the replicated optimizer holds, once."""
     runs = _runs(layout)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,30 @@ def test_killed_process_leaves_nothing_on_the_disk(disk: Path) -> None:
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (killed.returncode, killed.stdout.strip()) == (-signal.SIGKILL, "0"), killed.stderr
     assert list(disk.iterdir()) == []
+
+
+def test_copy_beside_an_update_has_rows_that_are_on_their_way_to_the_file(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that make room for the rows of the update, and are not changed by it."""
+    adam = _adam(NvmePlacement(folder=str(disk), hot_fraction=0.01))  # ten rows
+    leaving = np.arange(10)
+    _step(adam, leaving)
+    store: Any = adam.shard.store
+    before, copy = store.exact(leaving), store.format.empty(10)
+    save, copying = store.file.save, threading.Thread(target=lambda: store.copy_to(leaving, copy, leaving))
+
+    def save_slowly(*arguments: Any) -> None:
+        copying.start()
+        copying.join(timeout=0.2)
+        save(*arguments)
+
+    monkeypatch.setattr(store.file, "save", save_slowly)
+    _step(adam, np.arange(10, 20))
+    copying.join()
+    assert not store.place_of[leaving].any()
+    np.testing.assert_array_equal(copy.exact().weight, before.weight)
+    np.testing.assert_array_equal(copy.exact().state, before.state)
 
 
 def test_row_outside_the_shard_raises(disk: Path) -> None:

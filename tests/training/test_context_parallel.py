@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from dense_run import dense_run, largest_difference, relative_difference, whole_table
 from layout_run import FLOAT64, check_steps, train
-from ranks import run_ranks
+from ranks import run_ranks, slow_above_two
 from small_run import LENGTH, global_batch, small_run_config
 
 from engram_megatron.layouts.compare import live, whole_tensors
@@ -101,12 +101,12 @@ def _dense() -> dict[str, dict[str, Any]]:
     return run_ranks(_references, 1, timeout_s=400.0)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_loss_norm_and_every_gradient_equal_those_of_one_rank(layout: Layout) -> None:
     check_steps(_run(layout), _dense()[layout.variant])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_optimizer_steps_lead_where_those_of_one_rank_lead(layout: Layout) -> None:
     ranks, expected = _run(layout), _dense()[layout.variant]
     parameters = whole_tensors([rank["steps"][-1]["parameters"] for rank in ranks])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dense_run import dense_run, relative_difference, whole_table
-from ranks import run_ranks
+from ranks import run_ranks, slow_above_two
 from small_run import build_small_run, finished_table, global_batch, microbatches, numbers, small_run_config
 from tiny_run import Start, backbone, run_starts, tables, tiny_config, train_losses
 
@@ -106,7 +106,7 @@ def _run(layout: Layout) -> list[dict[str, Any]]:
     return [of_rank[layout] for of_rank in _run_all(layout.ranks)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_loss_and_clip_norm_equal_those_of_one_rank(layout: Layout) -> None:
     for rank in _run(layout):
         for result, expected in zip(rank["results"], _dense()["steps"], strict=True):
@@ -116,7 +116,7 @@ def test_loss_and_clip_norm_equal_those_of_one_rank(layout: Layout) -> None:
     assert all(step["norm"] > clip for step in _dense()["steps"]), "gradients are clipped"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_five_steps_lead_where_those_of_one_rank_lead(layout: Layout) -> None:
     ranks = _run(layout)
     assert max(rank["difference"] for rank in ranks) < FLOAT64
@@ -125,7 +125,7 @@ def test_five_steps_lead_where_those_of_one_rank_lead(layout: Layout) -> None:
     assert relative_difference(table, expected) < FLOAT64
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_replicas_hold_the_same_parameters_bit_for_bit(layout: Layout) -> None:
     seen: dict[tuple[str, int], Any] = {}
     for rank in _run(layout):

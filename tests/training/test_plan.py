@@ -88,10 +88,10 @@ def test_tables_on_nvme_are_counted_on_the_disk_and_their_hot_rows_in_memory() -
     overrides = ["tables.placement=nvme", "tables.nvme_dir=/data", "tables.hot_fraction=0.1"]
     text = describe(apply_overrides(preset("engram_27b"), overrides), 8)
     # 72,404,232 rows of 960 bytes, 69.5e9; a tenth of them with 13 bytes more and 9 bytes for each, 7.70e9
-    assert "Host tables of the whole job: 7.17 GiB; on NVMe: 64.75 GiB." in text
+    assert "Host tables of the whole job: 7.18 GiB; on NVMe: 64.80 GiB." in text
     lines = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in _section(text, "Memory per rank")}
     assert lines["host tables with moments"] == "0.90 GiB"
-    assert lines["tables on NVMe with moments"] == "8.09 GiB"
+    assert lines["tables on NVMe with moments"] == "8.10 GiB"
     assert "tables on NVMe" not in describe(preset("engram_27b"), 8)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engram_checkpoints.checkpoint_files import COMPLETE
-from engram_megatron.config import RunConfig
+from engram_megatron.config import CheckpointConfig, RunConfig
 from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import leaves, to_dict
@@ -58,6 +58,11 @@ def test_free_key_may_change(key: str) -> None:
     changed = with_value(engram_tiny(), key.split("."), other)
     assert changed != engram_tiny()
     check_resumable(saved(engram_tiny()), changed)
+
+
+def test_nothing_of_the_layout_is_fixed() -> None:
+    assert not [key for key in FIXED if key.startswith("parallel.")]
+    assert {"tables.block_rows", "training.micro_batch_size"} <= set(FREE)
 
 
 @pytest.mark.parametrize("key", FIXED)
@@ -107,12 +112,22 @@ def test_incomplete_checkpoint_does_not_count(folder: RunFolder) -> None:
     assert folder.complete_checkpoints() == [folder.checkpoint(2), folder.checkpoint(10)]
 
 
-@pytest.mark.parametrize(("keep_last", "left"), [(1, [8, 10]), (2, [4, 8, 10]), (9, [2, 4, 8, 10]), (0, [2, 4, 8, 10])])
-def test_keep_last_and_incomplete_ones(folder: RunFolder, keep_last: int, left: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every_steps", "left"),
+    [
+        (1, 0, [8, 10]),
+        (2, 0, [4, 8, 10]),
+        (9, 0, [2, 4, 8, 10]),
+        (0, 0, [2, 4, 8, 10]),
+        (1, 3, [8, 10]),
+        (1, 4, [4, 8, 10]),
+    ],
+)
+def test_which_checkpoints_are_kept(folder: RunFolder, keep_last: int, keep_every_steps: int, left: list[int]) -> None:
     # 6 was left half-written by a killed run and can never be continued; 10 is newer than all that is complete.
     for step in (2, 4, 6, 8, 10):
         make_checkpoint(folder, step, complete=step not in (6, 10))
-    folder.remove_old_checkpoints(keep_last)
+    folder.remove_old_checkpoints(CheckpointConfig(keep_last=keep_last, keep_every_steps=keep_every_steps))
     assert steps(folder) == left
 
 
@@ -159,7 +174,7 @@ def test_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_checkpoint_from_before_a_field_existed_counts_as_its_default() -> None:
     older = saved(engram_tiny())
-    del older["model"]["mtp"], older["parallel"]["virtual_pipeline"]
+    del older["model"]["mtp"], older["data"]["separate_documents"]
     check_resumable(older, engram_tiny())
-    with pytest.raises(UsageError, match=r"parallel\.virtual_pipeline = 2: the checkpoint was made with 1;"):
-        check_resumable(older, with_value(engram_tiny(), ["parallel", "virtual_pipeline"], lambda _: 2))
+    with pytest.raises(UsageError, match=r"data\.separate_documents = False: the checkpoint was made with True;"):
+        check_resumable(older, with_value(engram_tiny(), ["data", "separate_documents"], lambda _: False))

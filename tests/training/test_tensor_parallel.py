@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from dense_run import dense_run, largest_difference, relative_difference, whole_table
 from layout_run import FLOAT64, check_steps, train
-from ranks import run_ranks
+from ranks import run_ranks, slow_above_two
 from small_run import LENGTH, global_batch, small_run_config
 
 from engram_megatron.layouts.compare import live, whole_tensors
@@ -89,7 +89,7 @@ def _dense() -> dict[tuple[str, int], dict[str, Any]]:
     return run_ranks(_references, 1)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_initial_weights_are_those_of_one_rank(layout: Layout) -> None:
     initial = whole_tensors([rank["initial"] for rank in _run(layout)])
     expected = _dense()[layout.variant, 1]["initial"]
@@ -98,13 +98,13 @@ def test_initial_weights_are_those_of_one_rank(layout: Layout) -> None:
         np.testing.assert_array_equal(initial[name], value, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_loss_norm_and_every_gradient_equal_those_of_one_rank(layout: Layout) -> None:
     check_steps(_run(layout), _dense()[layout.variant, STEPS])
 
 
 @pytest.mark.parametrize("steps", [1, STEPS])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", slow_above_two(LAYOUTS), ids=str)
 def test_optimizer_steps_lead_where_those_of_one_rank_lead(layout: Layout, steps: int) -> None:
     ranks, expected = _run(layout), _dense()[layout.variant, steps]
     parameters = whole_tensors([rank["steps"][steps - 1]["parameters"] for rank in ranks])
