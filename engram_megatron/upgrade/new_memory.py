@@ -1,17 +1,16 @@
 """Engram's weights and tables for a model that was trained without: they add exactly zero at first, and learn.
 
-All start as in a new model (see `initial_values` and `row_init`), but for the value projection, the first C rows of
-`key_value.weight`, which is zero. So every value is zero, and with it the gated value and, since the taps are zero too,
-the convolution's branch: the residual streams and the loss are those of the source to the bit.
+The weights start as in a new model, the rows at zero. So every value is zero, and with it the gated value and, since
+the taps are zero too, the convolution's branch: the residual streams and the loss are those of the source to the bit.
 
-    step 1   only the value projection has a gradient (gate * row, times what the streams want); it moves
-    step 2   through it, rows, keys and gate norms have one; through values that are no longer zero, the taps
+    step 1   only the rows have a gradient, through the value projection; keys of zero have none (see `engram_gate`)
+    step 2   where rows are no longer zero, projections, gate norms and taps have one
     step 3   with taps, the convolution's norm too
 
-Zero tables under a random projection would be silent as well, but a row stays zero until it is first used, long after
-the start: then the key is zero (the gate's root is flat there: it does not learn) and so is the value, whose gradient
-the convolution's norm multiplies by 1 / sqrt(eps) = 316 once there are taps. Here no value is exactly zero after step
-1, and the gate tells rows apart from the start.
+A row is zero until its first use, however late: it adds no noise to a model that was trained without it. That its value
+is then exactly zero multiplies a part of its gradient by up to 1 / sqrt(conv_norm_eps) = 316 times the taps; Adam takes
+the size away again. A zero value projection under random rows would be silent as well, and learned a little less in
+three runs out of three (docs/upgrade.md).
 """
 
 from __future__ import annotations
@@ -44,14 +43,11 @@ class NewMemoryWeights:
 
     def _draw(self, name: str) -> torch.Tensor:
         info, config = self.tensors[name], self._config
-        weight = initial_weight(name, info.shape, seed=config.training.seed, std=config.model.init_std)
-        if name.endswith("key_value.weight"):
-            weight[: config.model.hidden_size] = 0
-        return weight.to(info.dtype)
+        return initial_weight(name, info.shape, seed=config.training.seed, std=config.model.init_std).to(info.dtype)
 
 
 def table_of(config: RunConfig, total_rows: int) -> TableDescription:
-    """Tables of `total_rows` that no step has moved: all rows are made from the seed, none is stored."""
+    """Tables of `total_rows` of zeros that no step has moved. None is stored: they are made, with a deviation of 0."""
     assert config.engram is not None
     return TableDescription(
         total_rows=total_rows,
@@ -61,7 +57,7 @@ def table_of(config: RunConfig, total_rows: int) -> TableDescription:
         step_count=0,
         update=config.tables.update,
         catch_up=None,
-        initial={"seed": config.training.seed, "std": config.engram.init_std},
+        initial={"seed": config.training.seed, "std": 0.0},
     )
 
 

@@ -120,7 +120,7 @@ def _tensors(upgrade: Upgrade, say: Callable[[str], None]) -> Iterator[TensorSou
     if upgrade.changes.tables == "add":
         added = NewMemoryWeights(upgrade.config, upgrade.weights.tensors[_EMBEDDING].dtype)
         yield added
-        say(f"added {len(added.tensors)} tensors of Engram, with values of zero: no effect before the first step")
+        say(f"added {len(added.tensors)} tensors of Engram")
 
 
 def _write_tables(upgrade: Upgrade, writer: OfflineWriter, max_bytes: int, say: Callable[[str], None]) -> None:
@@ -128,7 +128,7 @@ def _write_tables(upgrade: Upgrade, writer: OfflineWriter, max_bytes: int, say: 
     description, no_rates = table_of(upgrade.config, upgrade.hasher.total_rows), np.empty(0)
     if upgrade.changes.tables == "add":
         writer.write_tables(description, no_rates, partial(rows_left_out, description))
-        say(f"added tables of {description.total_rows:,} rows, made from the seed until they are first updated")
+        say(f"added tables of {description.total_rows:,} rows of zeros: no effect before the first step")
         return
     reader = TableReader(upgrade.source / TABLES)
     if upgrade.changes.tables == "none":

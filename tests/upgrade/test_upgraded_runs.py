@@ -83,7 +83,6 @@ def test_added_memory_changes_no_loss_and_trains_on_two_ranks(runs: Runs, contin
     assert with_memory.last_validation_loss < with_memory.first_validation_loss - 0.05
     before, after = (backbone(checkpoint) for checkpoint in (runs.folder / "added", runs.last("with")))
     width = before["embedding.word_embeddings.weight"].shape[1]
-    assert not before[f"{ENGRAM}key_value.weight"][:width].any()
     for name in ("key_value.weight", "norm_query.weight", "norm_key.weight", "norm_conv.weight", "short_conv.weight"):
         assert (before[ENGRAM + name] != after[ENGRAM + name]).any(), name
     for part in (slice(0, width), slice(width, None)):  # value, keys
@@ -94,7 +93,7 @@ def test_added_memory_changes_no_loss_and_trains_on_two_ranks(runs: Runs, contin
     moved = (found.rows(*everything).weight != start.rows(*everything).weight).any(axis=1)
     used = found.last_step(*everything) > 0
     assert not moved[~used].any()
-    assert moved[used].mean() > 0.9, "in the first step alone a row has no gradient"
+    assert moved[used].mean() > 0.9, "a row has no gradient at a document's last token alone"
 
 
 def test_added_memory_changes_no_loss_on_one_rank_and_lazy_tables_take_it(runs: Runs) -> None:
@@ -110,15 +109,12 @@ def test_added_memory_changes_no_loss_on_one_rank_and_lazy_tables_take_it(runs: 
     assert losses[1] == train_losses(runs.folder / "one_without")[1]
     assert losses == train_losses(runs.folder / "lazy")
     added, new = backbone(runs.folder / "added"), backbone(runs.last("new"))
-    width = added["embedding.word_embeddings.weight"].shape[1]
-    new[f"{ENGRAM}key_value.weight"][:width] = 0
     names = [name for name in new if name.startswith(ENGRAM)]
     assert len(names) == 5
     assert [name for name in names if not torch.equal(added[name], new[name])] == []
-    ours, theirs = (TableReader(path / "tables.zarr") for path in (runs.folder / "added", runs.last("new")))
-    assert ours.description.total_rows == theirs.description.total_rows
-    rows = (0, ours.description.total_rows)
-    np.testing.assert_array_equal(ours.rows(*rows).weight, theirs.rows(*rows).weight)
+    table = TableReader(runs.folder / "added/tables.zarr")
+    assert table.description.total_rows == TableReader(runs.last("new") / "tables.zarr").description.total_rows
+    assert not table.rows(0, table.description.total_rows).weight.any()
     assert not list((runs.folder / "added/tables.zarr/weight").glob("c.*")), "rows were stored"
 
 
