@@ -17,12 +17,13 @@ from engram_megatron.benchmarks.table_files import forget
 TARGET = 0.5
 GIB = 1024**3
 PROGRAM = Path(__file__).parents[2] / "launch/convert.py"
-# runs launch/convert.py, and ends with the line of its process's largest resident memory, in KiB
-_RUN = f"""
-try:
-    runpy.run_path({str(PROGRAM)!r}, run_name='__main__')
-finally:
-    print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).strip(), file=sys.stderr)
+# Starts the program that its arguments name and prints its exit status and largest resident memory in KiB. In a process
+# of its own: what a program's parent had resident when it was started counts too.
+_WATCH = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(status, usage.ru_maxrss)
 """
 
 
@@ -73,13 +74,13 @@ def memory_lines(folder: Path, num_rows: int) -> Iterator[str]:
 
 
 def _peak(source: Path, target: Path, to: str, memory_gib: float) -> int:
-    """Bytes, as the program's own process has them: what it inherits from this one counts in its resource usage."""
-    arguments = ["convert.py", str(source), str(target), "--to", to, "--memory-gib", str(memory_gib)]
-    code = f"import runpy, sys; sys.argv = {arguments}{_RUN}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """Bytes."""
+    command = [sys.executable, str(PROGRAM), str(source), str(target), "--to", to, "--memory-gib", str(memory_gib)]
+    done = subprocess.run([sys.executable, "-c", _WATCH, *command], capture_output=True, text=True, check=True)
+    status, kib = map(int, done.stdout.split())
+    assert status == 0, command
     shutil.rmtree(target)
-    return int(done.stderr.splitlines()[-1].split()[1]) * 1024
+    return kib * 1024
 
 
 def _bytes(folder: Path) -> int:
