@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from engram_megatron.tables.table_shard import TableShard
 
 ROW_DIM, BLOCK_ROWS = 80, 16384
 TARGET = 0.7
+SETTLE_S = 1.0
 WRITE_BYTES = 16 * 1024**2  # of a plain file at a time
 
 
@@ -64,13 +66,21 @@ def read_plain(path: Path, into: np.ndarray) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop the files below `folder` from the page cache."""
+    """Drop the files below `folder` from the page cache, and let the disk come to rest."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
+    time.sleep(SETTLE_S)
+
+
+def settle(path: Path) -> None:
+    """Remove what stands at `path`, and let the disk come to rest: the one before would slow the next."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    os.sync()
+    time.sleep(SETTLE_S)
 
 
 def compare(folder: Path, num_rows: int, repeats: int) -> Iterator[Comparison]:
@@ -83,7 +93,7 @@ def compare(folder: Path, num_rows: int, repeats: int) -> Iterator[Comparison]:
     seconds = interleaved(
         {"save": lambda: save(tables, adam), "write": lambda: write_plain(plain, num_bytes)},
         repeats,
-        prepare={"save": lambda: shutil.rmtree(tables), "write": lambda: plain.unlink(missing_ok=True)},
+        prepare={"save": lambda: settle(tables), "write": lambda: settle(plain)},
     )
     yield Comparison(
         f"save {size} of tables", seconds["save"], "one file, written and synced", seconds["write"], TARGET
