@@ -8,6 +8,7 @@ threads make several at a time.
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -41,13 +42,38 @@ def decode(chunk: bytes, out: NDArray[Any]) -> None:
     frame = memoryview(chunk)[:-_CRC_BYTES]
     if len(chunk) <= _HEADER.size + _CRC_BYTES:
         raise ValueError(f"it has {len(chunk)} bytes")
-    found, told = checksum([frame]), int.from_bytes(chunk[-_CRC_BYTES:], "little")
-    if found != told:
-        raise ValueError(f"its CRC-32C is {found:08x}, not {told:08x}")
+    _compare(checksum([frame]), chunk[-_CRC_BYTES:])
     size = _HEADER.unpack_from(frame)[4]
     if size != out.nbytes:
         raise ValueError(f"it holds {size} bytes of numbers, not {out.nbytes}")
     blosc.decompress(frame, out)
+
+
+def read(path: Path, out: NDArray[Any]) -> None:
+    """Fill contiguous `out` with a chunk's file. Numbers that stand in it as they are go from the file into `out`.
+
+    Raises `OSError` where there is no such file, `ValueError` as `decode` does.
+    """
+    with path.open("rb", buffering=0) as file:
+        header = file.read(_HEADER.size)
+        is_as_it_is = len(header) == _HEADER.size and header[2] & _AS_IT_IS and _HEADER.unpack(header)[4] == out.nbytes
+        if not is_as_it_is:
+            decode(header + file.read(), out)
+            return
+        content = out.reshape(-1).view(np.uint8)
+        start = 0
+        while start < content.size and (count := file.readinto(content[start:])):  # a raw file may give a part only
+            start += count
+        check = file.read()
+    if start < content.size or len(check) != _CRC_BYTES:
+        raise ValueError(f"it has {_HEADER.size + start + len(check)} bytes")
+    _compare(checksum([header, content]), check)
+
+
+def _compare(found: int, check: bytes) -> None:
+    told = int.from_bytes(check, "little")
+    if found != told:
+        raise ValueError(f"its CRC-32C is {found:08x}, not {told:08x}")
 
 
 def checksum(parts: list[Any]) -> int:

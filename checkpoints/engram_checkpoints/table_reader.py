@@ -12,8 +12,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from engram_checkpoints import table_chunks
 from engram_checkpoints.checkpoint_files import COMPLETE, MANIFEST, sum_of
-from engram_checkpoints.table_chunks import decode
 from engram_checkpoints.table_format import (
     LAST_STEP,
     LEARNING_RATES,
@@ -190,7 +190,7 @@ class TableReader:
         kind = "steps" if name == LEARNING_RATES else "rows"
         where = f"{self.path}: chunk {file} ({kind} {span[0]}..{span[1] - 1})"
         try:
-            decode((self.path / file).read_bytes(), out)
+            table_chunks.read(self.path / file, out)
         except FileNotFoundError as error:
             raise UsageError(f"{where} is missing; use another save") from error
         except (OSError, ValueError, RuntimeError) as error:

@@ -19,8 +19,8 @@ from engram_megatron.optimizer.row_optimizer import RowOptimizer
 from engram_megatron.tables.row_layout import Block
 from engram_megatron.tables.table_shard import InitialRows, TableShard, without_history
 
-_THREADS = 2  # one waits for the disk while the other unpacks
-_PIECES_AHEAD = 3
+_THREADS = 3  # one waits for the disk while the other unpacks
+_PIECES_AHEAD = 5
 
 
 def load_shard(path: Path, optimizer: RowOptimizer, *, weights_only: bool = False) -> None:
@@ -63,19 +63,20 @@ def _read_ahead(
     `is_anew`: as of the last step, without a history."""
 
     def read(piece: Block) -> RowState | None:
+        for later in islice(pieces_ahead, 1):
+            reader.read_ahead(later.start, later.stop)
         if is_anew:
             return without_history(reader.weights(piece.start, piece.stop, catch_up), shard.moments)
         if shard.initial is not None and not reader.last_step(piece.start, piece.stop).any():
             return None
         return reader.rows(piece.start, piece.stop)
 
-    pieces = iter(
-        [
-            Block(block.number, start, stop, block.local_start + start - block.start)
-            for block in shard.layout.blocks(shard.shard)
-            for start, stop in reader.pieces(block.start, block.stop)
-        ]
-    )
+    every = [
+        Block(block.number, start, stop, block.local_start + start - block.start)
+        for block in shard.layout.blocks(shard.shard)
+        for start, stop in reader.pieces(block.start, block.stop)
+    ]
+    pieces, pieces_ahead = iter(every), islice(every, _PIECES_AHEAD, None)
     reading = deque((piece, pool.submit(read, piece)) for piece in islice(pieces, _PIECES_AHEAD))
     while reading:
         piece, rows = reading.popleft()

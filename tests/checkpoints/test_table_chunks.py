@@ -10,7 +10,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from engram_checkpoints.table_chunks import decode, encode
+from engram_checkpoints.table_chunks import decode, encode, read
 
 CODECS = [BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle"), Crc32cCodec()]
 
@@ -51,6 +51,9 @@ def test_zarr_reads_our_chunks_and_we_read_zarrs(
     np.testing.assert_array_equal(array[:], values)
     decode(ours, out)
     np.testing.assert_array_equal(out, values)
+    out[:] = -1
+    read(file, out)
+    np.testing.assert_array_equal(out, values)
 
 
 def test_zeros_vanish_and_noise_costs_a_header() -> None:
@@ -60,7 +63,7 @@ def test_zeros_vanish_and_noise_costs_a_header() -> None:
 
 
 @pytest.mark.parametrize("compress", [True, False])
-def test_every_kind_of_damage_is_found(compress: bool) -> None:
+def test_every_kind_of_damage_is_found(tmp_path: Path, compress: bool) -> None:
     values = _values((50, 8), "float32", 0.3)
     chunk = _chunk(values, compress=compress)
     for position in range(len(chunk)):
@@ -68,8 +71,14 @@ def test_every_kind_of_damage_is_found(compress: bool) -> None:
         damaged[position] ^= 0x10
         with pytest.raises(ValueError, match="CRC-32C"):
             decode(bytes(damaged), np.empty_like(values))
+        (tmp_path / "chunk").write_bytes(damaged)
+        with pytest.raises(ValueError, match="CRC-32C"):
+            read(tmp_path / "chunk", np.empty_like(values))
     for length in (0, 3, 19, 20, len(chunk) // 2, len(chunk) - 1):
         with pytest.raises(ValueError, match=r"it has|CRC-32C"):
             decode(chunk[:length], np.empty_like(values))
+        (tmp_path / "chunk").write_bytes(chunk[:length])
+        with pytest.raises(ValueError, match=r"it has|CRC-32C"):
+            read(tmp_path / "chunk", np.empty_like(values))
     with pytest.raises(ValueError, match="it holds 1600 bytes of numbers, not 800"):
         decode(chunk, np.empty((50, 4), np.float32))
