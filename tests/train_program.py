@@ -89,13 +89,21 @@ class Program:
 
     def wait_for_step(self, step: int) -> str:
         """Read the output until `step` was logged."""
+        return self.wait_for_line(rf"step +{step}/\d+ \| loss")
+
+    def wait_for_save(self, step: int) -> str:
+        """Read the output until the checkpoint of `step` was complete."""
+        return self.wait_for_line(rf"saved .*/step_0*{step}$")
+
+    def wait_for_line(self, pattern: str) -> str:
+        """Read the output until a line matches."""
         assert self.process.stdout is not None
         lines = []
         for line in self.process.stdout:
             lines.append(line)
-            if re.match(rf"step +{step}/\d+ \| loss", line):
+            if re.match(pattern, line):
                 return "".join(lines)
-        raise AssertionError(f"ended before step {step}: {''.join(lines)}{self.end()}")
+        raise AssertionError(f"ended before a line {pattern!r}: {''.join(lines)}{self.end()}")
 
     def end(self) -> Ended:
         started = time.monotonic()

@@ -91,7 +91,7 @@ def test_killed_run_goes_on_from_its_newest_save_as_if_nothing_had_happened(
     assert _folders(killed) == _complete(killed), "leftovers must be removed"
     every = f"checkpoint.every_steps={_step(last)}"
     with Program(straight, tiny_corpus, *RUN, *options, every) as program:
-        program.wait_for_step(_step(last) + 1)
+        program.wait_for_save(_step(last))
     (expected,) = _complete(straight)
     ours, theirs = (TableReader(path / "tables.zarr") for path in (last, expected))  # of which one may be a delta
     assert ours.description.step_count == theirs.description.step_count
