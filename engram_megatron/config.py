@@ -265,11 +265,22 @@ class CheckpointConfig:
     staging_bytes: int = free(1 << 30)
     # Saves between two full ones that hold, of the tables, the rows that changed since the full one; 0: all are full
     deltas_between_full: int = free(0)
+    # A folder on every node's own disk, for saves between those: each node's files there, with a copy on the next node
+    local_dir: str = free("")
+    local_every_steps: int = free(0)  # of those steps that have no save of the run folder; needs local_dir
     init_from: str = ""  # a checkpoint folder whose weights (and tables) start this run; nothing else is taken
 
     def validate(self) -> None:
-        for name in ("every_steps", "keep_last", "keep_every_steps", "staging_bytes", "deltas_between_full"):
+        for name in (
+            *("every_steps", "keep_last", "keep_every_steps", "staging_bytes", "deltas_between_full"),
+            "local_every_steps",
+        ):
             check(getattr(self, name) >= 0, f"checkpoint.{name} = {getattr(self, name)} must not be negative")
+        check(
+            bool(self.local_dir) == (self.local_every_steps > 0),
+            f"checkpoint.local_dir = {self.local_dir!r} and checkpoint.local_every_steps = {self.local_every_steps} go "
+            "together: set both for saves to the nodes' own disks, or none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

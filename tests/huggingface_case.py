@@ -68,9 +68,10 @@ def _save(rank: int, world_size: int, folder: Path, tokenizer: Path, overrides: 
     for step in range(steps):
         run.trainer.train_step(step, microbatches(global_batch(step), rank, world_size), stop_requested=False)
     corpus: Any = SimpleNamespace(fingerprint="", tokenizer=CorpusTokenizer("toy", tokenizer.read_bytes()).identity)
-    folders, writer = RunFolder(folder), CheckpointWriter(run.ranks, 60, lambda: None)
+    folders, writer = RunFolder(folder), CheckpointWriter(run.ranks, 60)
     saver = Checkpointer(folders, run.config, run.ranks, run.chunks, run.optimizer, run.memory, corpus, writer)
-    saver.save(steps, 0, wait=True)
+    saver.save(steps, 0)
+    writer.finish()
     writer.close()
     return logits(run, documents())
 

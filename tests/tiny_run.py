@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import os
@@ -52,12 +53,14 @@ def tiny_config(corpus: Path, run_dir: Path, *overrides: str) -> RunConfig:
 
 
 class Start(NamedTuple):
-    """One start of a run. `stop_after`: ask for a stop in this many steps. `max_file_bytes`: a disk that fills up."""
+    """One start of a run. `stop_after`: ask for a stop in this many steps. `max_file_bytes`: a disk that fills up.
+    `output`: a file for what the first rank prints."""
 
     config: RunConfig
     resume: bool = False
     stop_after: int | None = None
     max_file_bytes: int | None = None
+    output: Path | None = None
 
 
 def run_starts(starts: Sequence[Start], world_size: int = 2) -> list[list[Any]]:
@@ -70,7 +73,7 @@ def run_starts(starts: Sequence[Start], world_size: int = 2) -> list[list[Any]]:
     return run_ranks(_train_each, world_size, list(starts), [free_port() for _ in range(len(starts) + 1)])
 
 
-def _train_each(_rank: int, _world_size: int, starts: list[Start], ports: list[int]) -> list[Any]:
+def _train_each(rank: int, _world_size: int, starts: list[Start], ports: list[int]) -> list[Any]:
     import torch.distributed as dist
 
     from engram_megatron import platform
@@ -86,7 +89,10 @@ def _train_each(_rank: int, _world_size: int, starts: list[Start], ports: list[i
         os.environ["MASTER_PORT"] = str(port)
         CheckpointWriter._write = _within(start.max_file_bytes, write)  # type: ignore[method-assign]
         try:
-            results.append(train(start.config, resume=start.resume, stop=_stop_after(start)))
+            with contextlib.ExitStack() as stack:
+                if start.output is not None and rank == 0:
+                    stack.enter_context(contextlib.redirect_stdout(stack.enter_context(start.output.open("w"))))
+                results.append(train(start.config, resume=start.resume, stop=_stop_after(start)))
         except Exception as error:
             results.append((type(error).__name__, str(error)))
             parallel.close()

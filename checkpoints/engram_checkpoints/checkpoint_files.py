@@ -26,7 +26,7 @@ from zarr.storage import LocalStore
 from engram_megatron.errors import UsageError
 
 COMPLETE, MANIFEST = "COMPLETE", "manifest.json"
-_READ_BYTES = 8 * 1024**2
+READ_BYTES = 8 * 1024**2
 _SYNC_THREADS = 8  # a file system syncs many small files beside each other
 
 
@@ -185,19 +185,27 @@ def damages(
         except OSError as error:
             yield f"{folder / path} cannot be read: {error.strerror}"
         else:
-            if found.bytes != wanted.bytes:
-                yield f"{folder / path} has {found.bytes} bytes, not the {wanted.bytes} that were written"
-            elif found != wanted:
-                yield f"{folder / path} is damaged: its CRC-32C is {found.crc32c:08x}, not {wanted.crc32c:08x}"
+            problem = difference(folder / path, found, wanted)
+            if problem is not None:
+                yield problem
         if on_file is not None:
             on_file(path, wanted)
+
+
+def difference(path: Path, found: FileSum, wanted: FileSum) -> str | None:
+    """What is wrong with a file that should be `wanted`, in one line."""
+    if found.bytes != wanted.bytes:
+        return f"{path} has {found.bytes} bytes, not the {wanted.bytes} that were written"
+    if found != wanted:
+        return f"{path} is damaged: its CRC-32C is {found.crc32c:08x}, not {wanted.crc32c:08x}"
+    return None
 
 
 def sum_of(path: Path) -> FileSum:
     """Of the file as it stands on disk."""
     size, crc = 0, 0
     with path.open("rb") as file:
-        while content := file.read(_READ_BYTES):
+        while content := file.read(READ_BYTES):
             size, crc = size + len(content), google_crc32c.extend(crc, content)
     return FileSum(size, crc)
 

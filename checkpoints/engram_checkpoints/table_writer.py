@@ -22,7 +22,8 @@ _CHUNKS_AHEAD = 6  # in memory beside those of the block that is given
 
 
 class TableWriter:
-    """Writes blocks of rows into the group that `create` made. Ranks may write at the same time.
+    """Writes blocks of rows into the group that `create` made, or into folders of the same names that are to be put
+    with it. Ranks may write at the same time.
 
     A context: what was given is written when it ends.
     """
@@ -30,6 +31,8 @@ class TableWriter:
     def __init__(self, path: Path, description: TableDescription, sums: FileSums) -> None:
         self.description = description
         self._path, self._sums = path, sums
+        for name in (LAST_STEP, WEIGHT, *description.moments):  # they are `create`'s, but on the disk of another node
+            (path / name).mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="table_writer")
         self._pending: deque[Future[None]] = deque()
 

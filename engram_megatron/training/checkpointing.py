@@ -37,6 +37,7 @@ from engram_megatron.training.checkpoint_writer import BACKBONE, TABLES, Checkpo
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.parallel import Ranks, sum_over_ranks
 from engram_megatron.training.run_folder import RunFolder
+from engram_megatron.training.save_target import RunCheckpoint, SaveTarget
 from engram_megatron.training.train_state import advice_on_damage
 
 
@@ -53,12 +54,19 @@ class Checkpointer:
     corpus: Corpus
     writer: CheckpointWriter
 
-    def save(self, step: int, tokens_seen: int, *, wait: bool) -> None:
-        """Write the checkpoint of `step` as everything stands now, while training goes on, or `wait` for it. A
-        checkpoint in flight is waited for first.
+    def save(self, step: int, tokens_seen: int) -> None:
+        """`save_to` the run's folder, all of it or what has changed since an earlier one."""
+        path = self.folder.checkpoint(step)
+        target = RunCheckpoint(path, self.ranks, lambda: self.folder.remove_old_checkpoints(self.config.checkpoint))
+        self.save_to(target, step, tokens_seen, may_be_delta=True)
+
+    def save_to(self, target: SaveTarget, step: int, tokens_seen: int, *, may_be_delta: bool) -> None:
+        """Write the checkpoint of `step` as everything stands now, while training goes on, or without
+        `checkpoint.asynchronous` wait for it. A checkpoint in flight is waited for first.
 
         Raises:
-            SaveError: the file system refused (a full disk, a quota), that one or, with `wait`, this one; on all ranks.
+            SaveError: the file system refused (a full disk, a quota), that one or, when waiting, this one, and the
+                target may not fail; on all ranks.
         """
         started = time.perf_counter()
         self.writer.finish()
@@ -67,18 +75,18 @@ class Checkpointer:
             memory.finish()
         snapshot = Snapshot(
             started=started,
-            path=self.folder.checkpoint(step),
+            target=target,
             state=self._state(step, tokens_seen),
             backbone=BackboneSnapshot(self.chunks, self.optimizer),
-            tables=None if memory is None else self._table_snapshot(memory),
+            tables=None if memory is None else self._table_snapshot(memory, may_be_delta),
         )
-        self.writer.write(snapshot, wait=wait)
+        self.writer.write(snapshot, wait=not self.config.checkpoint.asynchronous)
 
-    def _table_snapshot(self, memory: ConditionalMemory) -> TableSnapshot:
+    def _table_snapshot(self, memory: ConditionalMemory, may_be_delta: bool) -> TableSnapshot:
         optimizer, options = memory.optimizer, self.config.checkpoint
         base: Base | None = None
         # Balanced momentum moves every row in every step, without a trace in its last step.
-        if optimizer.rule != "sinkhorn":
+        if may_be_delta and optimizer.rule != "sinkhorn":
             found: list[Base | None] = [None]
             if self.ranks.is_first:
                 complete = self.folder.complete_checkpoints()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
@@ -43,10 +42,10 @@ class MetricsLog:
             self.validated_step = step
         self.say(f"step {step:>6}/{self.num_steps} | validation loss {values['validation/loss']:.4f}")
 
-    def saved(self, step: int, values: Mapping[str, float], path: Path) -> None:
+    def saved(self, step: int, values: Mapping[str, float], where: str) -> None:
         """Log the numbers of the checkpoint after `step` updates, now that it is complete, and print a line."""
         self._write(step, values)
-        self.say(f"saved {path}")
+        self.say(f"saved {where}")
 
     def text(self, tag: str, value: str) -> None:
         """A text panel in TensorBoard."""

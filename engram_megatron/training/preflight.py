@@ -7,7 +7,7 @@ Nothing here makes a process group or imports megatron-core, nor writes to disk,
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engram_checkpoints.train_state import TrainState
@@ -26,7 +26,7 @@ from engram_megatron.tables.expected_rows import expected_touched_rows
 from engram_megatron.tables.placement import placement_of
 from engram_megatron.tables.row_layout import RowLayout
 from engram_megatron.tables.row_store import RowFormat
-from engram_megatron.training.run_folder import RunFolder
+from engram_megatron.training.run_folder import RunFolder, check_writable
 from engram_megatron.training.train_state import advice_on_damage, check_hash_identity, check_resume, check_tokenizer
 
 
@@ -81,19 +81,32 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
         _stream(config, corpus)
     hasher = hasher_of(config, train)
     identity = None if hasher is None else hasher.identity()
-    resume_from = _resume_from(config, resume)
-    if resume_from is not None:
-        with advice_on_damage():
-            state = TrainState.read(resume_from)
-        check_resume(state, config, train.fingerprint)
-        check_hash_identity(state, identity, resume_from)
-    elif config.checkpoint.init_from:
+    _check_folders(config, resume)
+    inputs = Inputs(train, validation, hasher, None)
+    if resume:
+        inputs = resumed(inputs, config)
+    if inputs.resume_from is None and config.checkpoint.init_from:
         source = Path(config.checkpoint.init_from)
         state = TrainState.read(source)
         check_tokenizer(state, train.tokenizer.sha256, source)
         check_hash_identity(state, identity, source)
         _check_same_tensors(state, config, source)
-    return Inputs(train, validation, hasher, resume_from)
+    return inputs
+
+
+def resumed(inputs: Inputs, config: RunConfig) -> Inputs:
+    """`inputs` of a run that continues from the newest checkpoint, if there is one.
+
+    Raises `UsageError` where that would not be the same run.
+    """
+    complete = RunFolder(config.run_dir).complete_checkpoints()
+    if not complete:
+        return inputs
+    with advice_on_damage():
+        state = TrainState.read(complete[-1])
+    check_resume(state, config, inputs.train.fingerprint)
+    check_hash_identity(state, None if inputs.hasher is None else inputs.hasher.identity(), complete[-1])
+    return replace(inputs, resume_from=complete[-1])
 
 
 def _stream(config: RunConfig, corpus: Corpus) -> TokenStream:
@@ -152,13 +165,13 @@ def _check_same_tensors(state: TrainState, config: RunConfig, source: Path) -> N
             )
 
 
-def _resume_from(config: RunConfig, resume: bool) -> Path | None:
+def _check_folders(config: RunConfig, resume: bool) -> None:
     folder = RunFolder(config.run_dir)
     folder.check_unlocked()
     folder.check_writable()
-    if not resume:
+    if resume:
+        folder.check_is_run_or_empty()
+    else:
         folder.check_unused()
-        return None
-    folder.check_is_run_or_empty()
-    complete = folder.complete_checkpoints()
-    return complete[-1] if complete else None
+    if config.checkpoint.local_dir:
+        check_writable("checkpoint.local_dir", Path(config.checkpoint.local_dir))

@@ -27,8 +27,10 @@ from engram_megatron.training.checkpoint_writer import CheckpointWriter
 from engram_megatron.training.checkpointing import Checkpointer
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.metrics import MetricsLog
+from engram_megatron.training.node_resume import publish_newest
+from engram_megatron.training.node_snapshots import NodeSnapshots, node_snapshots
 from engram_megatron.training.parallel import Ranks
-from engram_megatron.training.preflight import Inputs, open_inputs
+from engram_megatron.training.preflight import Inputs, open_inputs, resumed
 from engram_megatron.training.run_folder import RunFolder
 from engram_megatron.training.stop_signal import StopSignal
 from engram_megatron.training.trainer import NonFiniteLossError, StepResult, Trainer
@@ -61,6 +63,7 @@ class _Run:
     step: int  # updates done
     tokens_seen: int
     saved_step: int = -1
+    snapshots: NodeSnapshots | None = None
 
     def say(self, line: str) -> None:
         if self.log is not None:
@@ -91,7 +94,13 @@ def train(
     _, world_size, _ = parallel.world_from_environment()
     inputs = open_inputs(config, world_size, resume=resume)
     ranks = parallel.initialize(config)
-    run = _build(config, ranks, inputs, on_table_failure)
+    folder = RunFolder(config.run_dir)
+    published = publish_newest(config, folder, ranks) if resume else None
+    if published is not None:
+        inputs = resumed(inputs, config)
+    run = _build(config, ranks, folder, inputs, on_table_failure)
+    if config.checkpoint.local_dir:
+        run.snapshots = node_snapshots(config, folder, ranks, keep=published)
     try:
         summary = _loop(run, stop)
     except NonFiniteLossError:
@@ -103,6 +112,8 @@ def train(
     run.writer.close()
     if run.trainer.memory is not None:
         run.trainer.memory.close()
+    if run.snapshots is not None and summary.stopped_by is None:
+        run.snapshots.remove()  # nobody will resume
     if run.log is not None:
         stop.stop_file.unlink(missing_ok=True)
     parallel.close()
@@ -110,9 +121,12 @@ def train(
 
 
 def _build(
-    config: RunConfig, ranks: Ranks, inputs: Inputs, on_table_failure: Callable[[BaseException], None] | None
+    config: RunConfig,
+    ranks: Ranks,
+    folder: RunFolder,
+    inputs: Inputs,
+    on_table_failure: Callable[[BaseException], None] | None,
 ) -> _Run:
-    folder = RunFolder(config.run_dir)
     memory = None
     if inputs.hasher is not None:
         memory = ConditionalMemory(
@@ -128,9 +142,7 @@ def _build(
         distributed_optimizer=config.parallel.distributed_optimizer,
     )
     optimizer = build_backbone_optimizer(chunks, config)
-    writer = CheckpointWriter(
-        ranks, config.parallel.collective_timeout_s, lambda: folder.remove_old_checkpoints(config.checkpoint)
-    )
+    writer = CheckpointWriter(ranks, config.parallel.collective_timeout_s)
     checkpointer = Checkpointer(folder, config, ranks, chunks, optimizer, memory, inputs.train, writer)
     step, tokens_seen = _restore(config, checkpointer, inputs)
     log = None
@@ -188,6 +200,8 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
                 last_validation = _validate(run)
             if _due(run.step, config.checkpoint.every_steps):
                 _save(run)
+            elif _due(run.step, config.checkpoint.local_every_steps) and run.step < num_steps and stopped_by is None:
+                _save_on_nodes(run)
     if stopped_by is None:
         last_validation = _validate(run)
     _save(run)
@@ -231,9 +245,16 @@ def _validate(run: _Run) -> float:
 
 def _save(run: _Run) -> None:
     if run.saved_step != run.step:
-        run.checkpointer.save(run.step, run.tokens_seen, wait=not run.config.checkpoint.asynchronous)
+        run.checkpointer.save(run.step, run.tokens_seen)
         run.saved_step = run.step
         _log_saved(run)
+
+
+def _save_on_nodes(run: _Run) -> None:
+    assert run.snapshots is not None, "the config was validated"
+    target = run.snapshots.target(run.step)
+    run.checkpointer.save_to(target, run.step, run.tokens_seen, may_be_delta=False)
+    _log_saved(run)
 
 
 def _finish_saving(run: _Run) -> None:
@@ -245,8 +266,11 @@ def _log_saved(run: _Run) -> None:
     """Not collective: ranks learn at their own time of a checkpoint that is complete."""
     for saved in run.writer.take_saved():
         if run.log is not None:
-            values = {"checkpoint/seconds": saved.seconds, "checkpoint/stall_ms": saved.stall_s * 1e3}
-            run.log.saved(saved.step, values, saved.path)
+            tag = saved.target.metric
+            values = {f"{tag}/seconds": saved.seconds, f"{tag}/stall_ms": saved.stall_s * 1e3}
+            run.log.saved(saved.step, values, str(saved.target))
+    for failure in run.writer.take_failures():
+        run.say(f"warning: {failure}")
 
 
 @contextlib.contextmanager

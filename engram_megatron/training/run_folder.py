@@ -2,6 +2,7 @@
 
 run_dir/
   config.json            the resolved config of the latest start
+  run_id                 of this run alone, even if another one stands in its place later
   metrics.jsonl          one line per logged step
   tensorboard/  profile/
   checkpoints/step_00000100/   complete when it holds COMPLETE
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from engram_megatron.errors import UsageError
 from engram_megatron.overrides import from_dict, leaves, to_dict
 from engram_megatron.training.stop_signal import STOP_FILE
 
-LOCK = ".lock"
+LOCK, RUN_ID = ".lock", "run_id"
 
 
 class RunFolder:
@@ -51,18 +53,14 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"run_dir = {self.path} is not a folder; choose another run_dir")
         if self.path.exists() and not self.config_file.exists():
-            ours = {LOCK, STOP_FILE, *(path.name for path in self._subfolders())}
+            ours = {LOCK, RUN_ID, STOP_FILE, *(path.name for path in self._subfolders())}
             others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
             if others:
                 raise UsageError(f"run_dir = {self.path} holds no run but other files ({others[0]}); choose another")
 
     def check_writable(self) -> None:
         """Raise `UsageError` if the folder cannot be made, or not be written to."""
-        existing = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
-        if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
-            raise UsageError(f"run_dir = {self.path} cannot be written: no permission in {existing}")
-        if existing != self.path.absolute() and not existing.is_dir():
-            raise UsageError(f"run_dir = {self.path} cannot be made: {existing} is not a folder")
+        check_writable("run_dir", self.path)
 
     def check_unlocked(self) -> None:
         """Raise `UsageError` if a live process trains in this folder. Any number of ranks may ask at a time."""
@@ -73,18 +71,37 @@ class RunFolder:
         with handle:
             self._try_lock(handle, fcntl.LOCK_SH)
 
-    def claim(self, config: RunConfig) -> None:
-        """Create the folder and hold its lock until this process ends. First rank only.
+    def lock(self) -> None:
+        """Create the folder and hold its lock until this process ends. First rank only; again, it does nothing.
 
         Raises:
             UsageError: another live process trains in it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / LOCK).open("a")
-        self._try_lock(self._lock, fcntl.LOCK_EX)
+        if self._lock is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / LOCK).open("a")
+            self._try_lock(handle, fcntl.LOCK_EX)
+            self._lock = handle
+
+    def claim(self, config: RunConfig) -> None:
+        """`lock`, and make what a run needs in its folder. First rank only.
+
+        Raises:
+            UsageError: another live process trains in it.
+        """
+        self.lock()
         for folder in self._subfolders():
             folder.mkdir(exist_ok=True)
+        if self.run_id() is None or not self.config_file.exists():
+            write_text(self.path / RUN_ID, secrets.token_hex(4) + "\n")
         write_json(self.config_file, to_dict(config))
+
+    def run_id(self) -> str | None:
+        """None before the run was claimed, and where that was by an older version."""
+        try:
+            return (self.path / RUN_ID).read_text().strip()
+        except FileNotFoundError:
+            return None
 
     def _subfolders(self) -> tuple[Path, ...]:
         return self.tensorboard, self.checkpoints
@@ -145,16 +162,32 @@ def check_resumable(saved: dict[str, Any], config: RunConfig) -> None:
             )
 
 
+def check_writable(key: str, path: Path) -> None:
+    """Raise `UsageError` if folder `path`, the value of `key`, cannot be made, or not be written to."""
+    path = path.absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{key} = {path} cannot be written: no permission in {existing}")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{key} = {path} is not a folder; choose another {key}")
+    if not existing.is_dir():
+        raise UsageError(f"{key} = {path} cannot be made: {existing} is not a folder")
+
+
 def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write atomically: a reader sees the old file or the new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: a reader sees the old file or the new one."""
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w") as handle:
-        json.dump(value, handle, indent=2)
-        handle.write("\n")
+        handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)

@@ -37,14 +37,16 @@ def _write_each(rank: int, world_size: int, folder: Path) -> list[Any]:
     from types import SimpleNamespace
 
     from engram_megatron.training.checkpoint_writer import CheckpointWriter, Snapshot
+    from engram_megatron.training.save_target import RunCheckpoint
 
     ranks: Any = SimpleNamespace(world_size=world_size, is_first=rank == 0)
-    writer = CheckpointWriter(ranks, 60, lambda: (folder / "cleaned_up").touch())
+    writer = CheckpointWriter(ranks, 60)
     seen = []
     for number, failure in enumerate(FAILURES):
         backbone: Any = _Backbone(rank, failure)
         path, state = folder / f"step_{number}", _State()
-        snapshot = Snapshot(started=time.perf_counter(), path=path, state=state, backbone=backbone, tables=None)  # type: ignore[arg-type]
+        target = RunCheckpoint(path, ranks, lambda: (folder / "cleaned_up").touch())
+        snapshot = Snapshot(started=time.perf_counter(), target=target, state=state, backbone=backbone, tables=None)  # type: ignore[arg-type]
         writer.write(snapshot, wait=False)
         early = writer.has_failed, (path / "COMPLETE").exists(), writer.take_saved()
         backbone.may_write.set()
@@ -54,7 +56,7 @@ def _write_each(rank: int, world_size: int, folder: Path) -> list[Any]:
         except Exception as error:
             raised = type(error).__name__, str(error)
         writer.finish()  # told once
-        seen.append((early, raised, [(saved.step, saved.path.name) for saved in writer.take_saved()]))
+        seen.append((early, raised, [(saved.step, saved.target.path.name) for saved in writer.take_saved()]))
     writer.close()
     return seen
 

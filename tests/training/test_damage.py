@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_disk import small_disk
 from tiny_run import Start, files_under, run_starts, tiny_config
 
 pytestmark = pytest.mark.slow  # fourteen starts
@@ -59,29 +59,23 @@ def test_flipped_byte_is_told_in_one_line_that_names_the_file(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("file systems can be mounted by root only")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        yield disk
 
 
-def test_full_and_read_only_disks_are_told_and_leave_nothing_that_counts(tiny_corpus: Path, small_disk: Path) -> None:
-    config = tiny_config(tiny_corpus, small_disk / "run", *RUN, "engram.rows_per_head=4001")
+def test_full_and_read_only_disks_are_told_and_leave_nothing_that_counts(tiny_corpus: Path, disk: Path) -> None:
+    config = tiny_config(tiny_corpus, disk / "run", *RUN, "engram.rows_per_head=4001")
     for kind, message in run_starts([Start(config)])[0]:
         assert kind == "SaveError"
         assert f"{SAVED} could not be written (" in message
         assert "No space left on device" in message
         assert "0.00 GiB are free there" in message
-    assert not list(small_disk.rglob("COMPLETE"))
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    other = tiny_config(tiny_corpus, small_disk / "other", *RUN)
+    assert not list(disk.rglob("COMPLETE"))
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    other = tiny_config(tiny_corpus, disk / "other", *RUN)
     for kind, message in run_starts([Start(other)])[0]:
         assert (kind, message) == (
             "UsageError",
-            f"run_dir = {other.run_dir} cannot be written: no permission in {small_disk}",
+            f"run_dir = {other.run_dir} cannot be written: no permission in {disk}",
         )
