@@ -1,9 +1,9 @@
-"""The ranks of one host, started by torchrun's agent in this process; stop signals are passed on to them.
+"""The ranks of a host, started by torchrun's agent in this process; stop signals are passed on to them.
 
 torchrun's own command ends workers 30 s after a signal, whether they have saved or not, and answers an orderly stop
 with a traceback. Here its agent (`torch.distributed.launcher.api.elastic_launch`) runs in a thread of its own, and this
-process's signals go to the ranks, which save as long as that takes and end with 0. Across hosts, torchrun
-starts `launch/train.py` as each rank's program.
+process's signals go to the ranks, which save as long as that takes and end with 0. Jobs of Slurm start one such process
+on every node; with torchrun itself, it starts `launch/train.py` as each rank's program.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 EXIT_USAGE = 2
 SHOWN_FAILURES = 4
+MEET_S = 300  # for all nodes to come
 # What each signal to the launcher becomes for the ranks: the hang-up of a terminal is a stop like another.
 _FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,
@@ -33,8 +35,20 @@ _FORWARDED = {
 }
 
 
-def launch_ranks(command: Sequence[str], num_ranks: int) -> int:
-    """Run `command` as ranks 0..num_ranks-1 of a job on this host under torchrun's agent and wait for all of them.
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One of `num_nodes` hosts with the same number of ranks each, counted from 0. They meet at `address`:`port`, on
+    the first one."""
+
+    number: int
+    num_nodes: int
+    address: str
+    port: int
+
+
+def launch_ranks(command: Sequence[str], num_ranks: int, node: Node | None = None) -> int:
+    """Run `command` as `num_ranks` ranks of a job on this host, alone or as one of its nodes, under torchrun's agent
+    and wait for all of them.
 
     They inherit the environment, torchrun's variables, and OMP_NUM_THREADS (cores by ranks) where it is not set. The
     first signal of SIGTERM, SIGINT, SIGUSR1 and SIGHUP goes to every rank, which saves and ends; a second one ends
@@ -43,7 +57,7 @@ def launch_ranks(command: Sequence[str], num_ranks: int) -> int:
     mistake, was told by the rank itself.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
-    agent = _Agent(command, num_ranks)
+    agent = _Agent(command, num_ranks, node)
     with _signals_forwarded() as came:
         agent.start()
         while agent.is_alive():
@@ -66,17 +80,24 @@ class _Agent(threading.Thread):
     """torchrun's agent. Its thread has stop signals blocked, and the ranks inherit that until `StopSignal` listens:
     none is lost while they import."""
 
-    def __init__(self, command: Sequence[str], num_ranks: int) -> None:
+    def __init__(self, command: Sequence[str], num_ranks: int, node: Node | None) -> None:
         super().__init__(name="torchrun", daemon=True)
         self.command = list(command)
+        meeting: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+        if node is not None:
+            meeting = {
+                "rdzv_backend": "static",
+                "rdzv_endpoint": f"{node.address}:{node.port}",
+                "rdzv_configs": {"rank": node.number, "timeout": MEET_S},
+            }
+        num_nodes = 1 if node is None else node.num_nodes
         self.config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=num_nodes,
+            max_nodes=num_nodes,
             nproc_per_node=num_ranks,
-            run_id=f"local-{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            run_id=f"local-{os.getpid()}" if node is None else "nodes",
             max_restarts=0,
+            **meeting,
         )
         self.error: Exception | None = None
 

@@ -31,7 +31,7 @@ from engram_megatron.training.node_resume import publish_newest
 from engram_megatron.training.node_snapshots import NodeSnapshots, node_snapshots
 from engram_megatron.training.parallel import Ranks
 from engram_megatron.training.preflight import Inputs, open_inputs, resumed
-from engram_megatron.training.run_folder import RunFolder
+from engram_megatron.training.run_folder import RunFolder, write_json
 from engram_megatron.training.stop_signal import StopSignal
 from engram_megatron.training.trainer import NonFiniteLossError, StepResult, Trainer
 
@@ -116,6 +116,7 @@ def train(
         run.snapshots.remove()  # nobody will resume
     if run.log is not None:
         stop.stop_file.unlink(missing_ok=True)
+        write_json(folder.ended_file, {"step": summary.step, "stopped_by": summary.stopped_by})
     parallel.close()
     return summary
 

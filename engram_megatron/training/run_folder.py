@@ -2,6 +2,7 @@
 
 run_dir/
   config.json            the resolved config of the latest start
+  ended.json             how that has ended, once it has, and in order
   run_id                 of this run alone, even if another one stands in its place later
   metrics.jsonl          one line per logged step
   tensorboard/  profile/
@@ -36,6 +37,7 @@ class RunFolder:
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir)
         self.config_file = self.path / "config.json"
+        self.ended_file = self.path / "ended.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
@@ -94,6 +96,7 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
         if self.run_id() is None or not self.config_file.exists():
             write_text(self.path / RUN_ID, secrets.token_hex(4) + "\n")
+        self.ended_file.unlink(missing_ok=True)
         write_json(self.config_file, to_dict(config))
 
     def run_id(self) -> str | None:

@@ -1,0 +1,149 @@
+"""A job's batch step: trains until the run has ended, whatever comes between, or says why it cannot.
+
+    try ends                               then
+    ------------------------------------   ------------------------------------------------------------------
+    the last step is done                  finished
+    asked to by the file STOP              the job ends; the run goes on when it is submitted again
+    by a signal: time limit, preemption    back into the queue
+    a rank failed, or all hang             another try in this allocation, from the newest checkpoint
+    a user's mistake                       gave up
+    `retries` tries that came no further   gave up: this and later jobs of the submission end at once
+
+A node that is lost takes the job with it: Slurm puts it back into the queue, and the next start says so.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from engram_megatron.config import RunConfig
+from engram_megatron.jobs import slurm
+from engram_megatron.jobs.allocation import Allocation
+from engram_megatron.jobs.events import Event, append_event, read_events
+from engram_megatron.jobs.frozen import Frozen
+from engram_megatron.jobs.training_step import Ended, TrainingStep, newest_step
+from engram_megatron.overrides import apply_overrides
+from engram_megatron.presets import preset
+
+EXIT_USAGE = 2
+_OVER = ("finished", "gave_up", "stopped")
+
+
+@dataclass(eq=False)
+class Supervisor:
+    """Of one job. `run` returns its exit code."""
+
+    frozen: Frozen
+    allocation: Allocation
+    python: str
+    signals: list[str] = field(default_factory=list)  # that Slurm has sent to this process
+
+    def run(self) -> int:
+        over = over_since_submission(read_events(self.run_dir))
+        if over is not None:
+            print(f"nothing to do: the run {over.kind.replace('_', ' ')} in job {over.job}", flush=True)
+            return 0
+        self._event("allocated", nodes=list(self.allocation.nodes))
+        number = 0
+        while True:
+            fruitless = fruitless_tries(read_events(self.run_dir), newest_step(self.run_dir))
+            if fruitless >= self.frozen.options.retries:
+                return self._give_up(
+                    f"{fruitless} tries in a row came no further than step {newest_step(self.run_dir)}"
+                )
+            if self.signals:
+                return self._requeue(self.signals[0])
+            number += 1
+            ended = self._try(number)
+            code = self._after(ended)
+            if code is not None:
+                return code
+
+    @property
+    def run_dir(self) -> Path:
+        return self.frozen.run_dir
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """The handler of Slurm's signals."""
+        self.signals.append(signal.Signals(number).name)
+
+    def _try(self, number: int) -> Ended:
+        (self.run_dir / "STOP").unlink(missing_ok=True)
+        self._event("started", **{"try": number}, step=newest_step(self.run_dir), nodes=list(self.allocation.nodes))
+        step = TrainingStep(self.frozen, self.allocation, self.python, number)
+        return step.wait(lambda: bool(self.signals), lambda idle_s: self._tell_hang(idle_s))
+
+    def _after(self, ended: Ended) -> int | None:
+        """The exit code of the job; None: try again."""
+        step = newest_step(self.run_dir)
+        if ended.is_orderly and ended.stopped_by is None and step == self._num_steps():
+            self._event("finished", step=step)
+            return 0
+        if ended.is_orderly:
+            self._event("ended", code=ended.code, reason=f"stopped by {ended.stopped_by}", step=step)
+            if self.signals or not (ended.stopped_by or "").startswith("file"):
+                return self._requeue(self.signals[0] if self.signals else str(ended.stopped_by))
+            self._event("stopped", step=step)
+            return 0
+        reason = f"exit code {ended.code}" if ended.hung_s is None else f"no progress for {ended.hung_s:.0f} s"
+        self._event("ended", code=ended.code, reason=reason, step=step)
+        if ended.code == EXIT_USAGE and ended.hung_s is None:
+            return self._give_up("the command, the corpus or the checkpoint is not usable: see the log")
+        return None
+
+    def _tell_hang(self, idle_s: float) -> None:
+        self._event("hang", step=newest_step(self.run_dir), seconds=round(idle_s, 1))
+
+    def _requeue(self, reason: str) -> int:
+        if slurm.is_cancelled(self.allocation.job_id):
+            self._event("stopped", step=newest_step(self.run_dir), reason="scancel")
+            return 0
+        self._event("requeued", reason=reason)
+        try:
+            slurm.requeue(self.allocation.job_id)
+        except slurm.SlurmError as error:  # it does so itself, after the loss of a node
+            print(f"Slurm does not requeue the job for us: {error}", flush=True)
+        signal.pause()  # until Slurm ends this process
+        return 0
+
+    def _give_up(self, reason: str) -> int:
+        self._event("gave_up", reason=reason)
+        print(f"error: gave up: {reason}", flush=True)
+        return 1
+
+    def _event(self, kind: str, **fields: object) -> None:
+        append_event(self.run_dir, kind, **fields)
+        print(json.dumps({"event": kind, **fields}), flush=True)
+
+    def _num_steps(self) -> int:
+        config: RunConfig = apply_overrides(preset(self.frozen.preset), list(self.frozen.overrides))
+        return config.training.num_steps
+
+
+def over_since_submission(events: list[Event]) -> Event | None:
+    """The event that ended the run, since it was last submitted."""
+    for event in reversed(events):
+        if event.kind == "submitted":
+            return None
+        if event.kind in _OVER:
+            return event
+    return None
+
+
+def fruitless_tries(events: list[Event], step: int) -> int:
+    """Starts in a row from checkpoint `step`, the newest, that did not end in order; since it was last submitted. One
+    that was never told to have ended was lost with its node."""
+    count, ended_in_order = 0, False
+    for event in reversed(events):
+        if event.kind == "submitted" or (event.kind == "started" and event.fields["step"] != step):
+            break
+        if event.kind == "requeued":
+            ended_in_order = True
+        if event.kind == "started":
+            count += 0 if ended_in_order else 1
+            ended_in_order = False
+    return count

@@ -1,0 +1,32 @@
+"""One node's ranks, as a task of srun: start_ranks.py --ranks N --address HOST --port P TRAIN.PY [arguments]
+
+The node's number and how many there are come from srun. Stop signals go on to the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from engram_megatron.training.launch_ranks import Node, launch_ranks
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, required=True, help="on each node")
+    parser.add_argument("--address", required=True, help="of the first node")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="TRAIN.PY")
+    arguments = parser.parse_args()
+    node = Node(
+        number=int(os.environ["SLURM_PROCID"]),
+        num_nodes=int(os.environ["SLURM_STEP_NUM_TASKS"]),
+        address=arguments.address,
+        port=arguments.port,
+    )
+    return launch_ranks([sys.executable, *arguments.command], arguments.ranks, node)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
