@@ -8,7 +8,7 @@ field must stay (`training.resume` compares them).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from typing import Literal
 
 from engram_megatron.config_fields import DType, check, free
@@ -299,12 +299,17 @@ class TrainingConfig:
     validate_every_steps: int = free(500)  # 0: only at the end
     validation_batches: int = free(8)  # global batches
     peak_tflops_per_rank: float = free(0.0)  # 0: unknown, MFU is not reported
+    heartbeat_every_s: float = free(5.0)  # each rank's sign of life in run_dir/heartbeats; 0: none
     profile_start: int = free(0)
     profile_stop: int = free(0)  # profile steps start..stop-1 with torch.profiler; stop = 0: off
 
     def validate(self) -> None:
         for name in ("num_steps", "global_batch_size", "micro_batch_size", "log_every_steps", "validation_batches"):
             check(getattr(self, name) >= 1, f"training.{name} = {getattr(self, name)} must be at least 1")
+        check(
+            0 <= self.heartbeat_every_s < inf,
+            f"training.heartbeat_every_s = {self.heartbeat_every_s} must be 0 (none) or a number of seconds",
+        )
         check(
             self.recompute != "selective" or len(self.recompute_modules) > 0,
             "training.recompute = selective, but training.recompute_modules is empty: name some, or choose none",

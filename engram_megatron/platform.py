@@ -88,6 +88,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def device_memory_bytes() -> int:
+    """Memory that this process's allocator holds of its GPU; 0 on CPU."""
+    return int(torch.cuda.memory_reserved()) if torch.cuda.is_available() else 0
+
+
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine can be used: it needs a GPU, and importing it without one fails on libcuda."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None

@@ -191,5 +191,6 @@ def backbone(checkpoint: Path) -> dict[str, Any]:
 
 
 def files_under(folder: Path) -> dict[str, int]:
-    """Relative path and time of last change of everything below `folder`."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+    """Relative path and time of last change of everything below `folder`, but for the signs of life of processes."""
+    paths = [path for path in sorted(folder.rglob("*")) if "heartbeats" not in path.parts]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}

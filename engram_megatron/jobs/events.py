@@ -1,10 +1,5 @@
-"""What happened to a run: `events.jsonl` in its folder, one line per event, in the order in which they were written.
-
-    {"time": 1790000000.25, "job": "123.1", "event": "started", "try": 1, "step": 400, "nodes": ["n1", "n2"]}
-
-Several processes may append, on a shared file system too: an event is one write. Events of different hosts carry the
-times of different clocks.
-"""
+"""Append to what happened to a run (`training.run_events`). Several processes may, on a shared file system too: an
+event is one write."""
 
 from __future__ import annotations
 
@@ -12,23 +7,13 @@ import errno
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engram_megatron.jobs.environment import current_job
+from engram_megatron.training.run_events import EVENTS_FILE, Event, read_events
 
-EVENTS_FILE = "events.jsonl"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened. `time` in Unix seconds; `job` as "id.requeues", "" outside Slurm."""
-
-    time: float
-    job: str
-    kind: str
-    fields: dict[str, Any]
+__all__ = ["EVENTS_FILE", "Event", "append_event", "read_events"]
 
 
 def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
@@ -50,24 +35,7 @@ def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
         os.close(file)
 
 
-def read_events(run_dir: Path) -> list[Event]:
-    """All events of `run_dir`; none without a file. Lines that a crash left incomplete are skipped."""
-    try:
-        lines = (run_dir / EVENTS_FILE).read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    return [event for event in map(_parsed, lines) if event is not None]
-
-
 def _is_torn(file: int) -> bool:
     """Whether the last line has no end."""
     size = os.fstat(file).st_size
     return size > 0 and os.pread(file, 1, size - 1) != b"\n"
-
-
-def _parsed(line: bytes) -> Event | None:
-    try:
-        fields = json.loads(line)
-        return Event(float(fields.pop("time")), str(fields.pop("job")), str(fields.pop("event")), fields)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None

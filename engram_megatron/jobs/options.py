@@ -46,7 +46,9 @@ class JobOptions:
     chain: int = _option(1, "jobs in the queue, one after the other: the next takes over where one is lost")
     signal_s: int = _option(300, "seconds before the time limit at which the run saves and ends")
     retries: int = _option(3, "tries in a row that come no further before the run gives up")
-    hang_s: int = _option(900, "seconds without progress of any rank before the ranks are ended and started again")
+    hang_s: int = _option(
+        900, "seconds without progress of any rank, four times as many to start or save, before all are started again"
+    )
 
     def validate(self) -> None:
         """Raise `UsageError` for a value that cannot be."""

@@ -12,10 +12,12 @@ from pathlib import Path
 from engram_megatron.jobs import slurm
 from engram_megatron.jobs.allocation import Allocation
 from engram_megatron.jobs.frozen import Frozen
-from engram_megatron.training.heartbeat import Beat, read_heartbeats
+from engram_megatron.training.heartbeat import read_heartbeats
 from engram_megatron.training.run_folder import RunFolder
+from engram_megatron.training.stop_signal import STOP_FILE
 
 _LOOK_S = 0.5
+_LONGER = 4  # that ranks may take to start, to load or to save a checkpoint
 _GRACE_S = 60  # srun's, for tasks after the first that failed; what is left of them is killed
 
 
@@ -46,27 +48,26 @@ class TrainingStep:
 
     def wait(self, wants_stop: Callable[[], bool], on_hang: Callable[[float], None]) -> Ended:
         """Until all ranks have ended. Once `wants_stop`, they are asked to save and end. Where none has made progress
-        for `hang_s` seconds, they are killed, after a call of `on_hang`."""
+        for too long, they are killed, after a call of `on_hang` with the seconds."""
         while self._process.poll() is None:
             if wants_stop() and not self.folder.ended_file.exists():
-                self.folder.path.joinpath("STOP").touch()
-            idle_s = time.time() - self._last_progress()
-            if idle_s > self.frozen.options.hang_s:
+                (self.folder.path / STOP_FILE).touch()
+            idle_s, limit_s = self._idle()
+            if idle_s > limit_s:
                 on_hang(idle_s)
-                self.kill()
+                slurm.kill_steps(self.allocation.job_id)
                 return Ended(self._process.wait(), False, None, hung_s=idle_s)
             time.sleep(_LOOK_S)
         return self._ended(self._process.returncode)
 
-    def kill(self) -> None:
-        """End all ranks at once."""
-        slurm.kill_steps(self.allocation.job_id)
-
-    def _last_progress(self) -> float:
-        return max([self.started, *(beat.progressed for beat in self._beats())])
-
-    def _beats(self) -> list[Beat]:
-        return [beat for beat in read_heartbeats(self.folder.path) if beat.written >= self.started]
+    def _idle(self) -> tuple[float, float]:
+        """Seconds since a rank of this try made progress, and how many it may take for what it does."""
+        beats = [beat for beat in read_heartbeats(self.folder.path) if beat.time >= self.started]
+        latest = max(beats, key=lambda beat: beat.progress_time, default=None)
+        hang_s = self.frozen.options.hang_s
+        if latest is None or latest.phase in ("starting", "loading", "saving"):
+            hang_s *= _LONGER
+        return time.time() - max(self.started, latest.progress_time if latest else 0), hang_s
 
     def _ended(self, code: int) -> Ended:
         try:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from engram_data.batch import Batch
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
+from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
@@ -26,11 +24,13 @@ from engram_megatron.training import parallel
 from engram_megatron.training.checkpoint_writer import CheckpointWriter
 from engram_megatron.training.checkpointing import Checkpointer
 from engram_megatron.training.conditional_memory import ConditionalMemory
+from engram_megatron.training.heartbeat import Heartbeat, Phase, remove_beats_of_others
 from engram_megatron.training.metrics import MetricsLog
 from engram_megatron.training.node_resume import publish_newest
 from engram_megatron.training.node_snapshots import NodeSnapshots, node_snapshots
 from engram_megatron.training.parallel import Ranks
 from engram_megatron.training.preflight import Inputs, open_inputs, resumed
+from engram_megatron.training.profiler import profiler_of_steps
 from engram_megatron.training.run_folder import RunFolder, write_json
 from engram_megatron.training.stop_signal import StopSignal
 from engram_megatron.training.trainer import NonFiniteLossError, StepResult, Trainer
@@ -59,6 +59,7 @@ class _Run:
     checkpointer: Checkpointer
     train: TokenStream
     validation: TokenStream
+    heartbeat: Heartbeat
     log: MetricsLog | None
     step: int  # updates done
     tokens_seen: int
@@ -68,6 +69,9 @@ class _Run:
     def say(self, line: str) -> None:
         if self.log is not None:
             self.log.say(line)
+
+    def progress(self, phase: Phase) -> None:
+        self.heartbeat.progress(self.step, phase)
 
     @property
     def writer(self) -> CheckpointWriter:
@@ -91,14 +95,31 @@ def train(
         SaveError: a checkpoint could not be written.
         NonFiniteLossError: on every rank alike; the last checkpoint stands.
     """
-    _, world_size, _ = parallel.world_from_environment()
+    rank, world_size, _ = parallel.world_from_environment()
     inputs = open_inputs(config, world_size, resume=resume)
+    heartbeat = Heartbeat(
+        config.run_dir, rank, config.training.heartbeat_every_s, device_bytes=platform.device_memory_bytes
+    )
+    with heartbeat:
+        return _train(config, inputs, heartbeat, resume=resume, stop=stop, on_table_failure=on_table_failure)
+
+
+def _train(
+    config: RunConfig,
+    inputs: Inputs,
+    heartbeat: Heartbeat,
+    *,
+    resume: bool,
+    stop: StopSignal,
+    on_table_failure: Callable[[BaseException], None] | None,
+) -> RunSummary:
     ranks = parallel.initialize(config)
+    heartbeat.progress(0, "loading")
     folder = RunFolder(config.run_dir)
     published = publish_newest(config, folder, ranks) if resume else None
     if published is not None:
         inputs = resumed(inputs, config)
-    run = _build(config, ranks, folder, inputs, on_table_failure)
+    run = _build(config, ranks, folder, inputs, heartbeat, on_table_failure)
     if config.checkpoint.local_dir:
         run.snapshots = node_snapshots(config, folder, ranks, keep=published)
     try:
@@ -126,6 +147,7 @@ def _build(
     ranks: Ranks,
     folder: RunFolder,
     inputs: Inputs,
+    heartbeat: Heartbeat,
     on_table_failure: Callable[[BaseException], None] | None,
 ) -> _Run:
     memory = None
@@ -149,6 +171,7 @@ def _build(
     log = None
     if ranks.is_first:
         folder.claim(config)
+        remove_beats_of_others(folder.path, ranks.world_size)
         log = MetricsLog(folder, first_step=step, num_steps=config.training.num_steps, output=sys.stdout)
         log.text("config", "    " + json.dumps(to_dict(config), indent=2).replace("\n", "\n    "))
     return _Run(
@@ -159,6 +182,7 @@ def _build(
         checkpointer=checkpointer,
         train=_stream(config, inputs.train, ranks),
         validation=_stream(config, inputs.validation, ranks),
+        heartbeat=heartbeat,
         log=log,
         step=step,
         tokens_seen=tokens_seen,
@@ -183,7 +207,7 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
     first_validation = last_validation = _validate(run)
     stopped_by = _stopped_before_the_first_step(run, stop)
     upcoming: Sequence[Batch] | None = None
-    with _profiler(run) as profiler:
+    with profiler_of_steps(config.training, run.step, run.folder, run.ranks.rank, run.say) as profiler:
         while run.step < num_steps and stopped_by is None:
             asks_to_stop = stop.reason() is not None or run.writer.has_failed
             batches = run.train.microbatches(run.step) if upcoming is None else upcoming
@@ -191,6 +215,7 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
             result = run.trainer.train_step(run.step, batches, stop_requested=asks_to_stop, next_batches=upcoming)
             run.step += 1
             run.tokens_seen += result.num_tokens
+            run.heartbeat.stepped(run.step, result.seconds, result.gather_wait_s, result.compute_s)
             _log_step(run, result)
             _log_saved(run)
             if profiler is not None:
@@ -238,7 +263,13 @@ def _log_step(run: _Run, result: StepResult) -> None:
 def _validate(run: _Run) -> float:
     available = run.validation.num_samples // run.config.training.global_batch_size
     batches = max(1, min(run.config.training.validation_batches, available))
-    loss = run.trainer.validate(run.validation.microbatches, batches)
+
+    def microbatches(index: int) -> Sequence[Batch]:
+        run.progress("validating")
+        return run.validation.microbatches(index)
+
+    loss = run.trainer.validate(microbatches, batches)
+    run.progress("training")
     if run.log is not None:
         run.log.validation(run.step, {"validation/loss": loss})
     return loss
@@ -246,19 +277,24 @@ def _validate(run: _Run) -> float:
 
 def _save(run: _Run) -> None:
     if run.saved_step != run.step:
+        run.progress("saving")
         run.checkpointer.save(run.step, run.tokens_seen)
         run.saved_step = run.step
+        run.progress("training")
         _log_saved(run)
 
 
 def _save_on_nodes(run: _Run) -> None:
     assert run.snapshots is not None, "the config was validated"
+    run.progress("saving")
     target = run.snapshots.target(run.step)
     run.checkpointer.save_to(target, run.step, run.tokens_seen, may_be_delta=False)
+    run.progress("training")
     _log_saved(run)
 
 
 def _finish_saving(run: _Run) -> None:
+    run.progress("saving")
     run.writer.finish()
     _log_saved(run)
 
@@ -272,25 +308,6 @@ def _log_saved(run: _Run) -> None:
             run.log.saved(saved.step, values, str(saved.target))
     for failure in run.writer.take_failures():
         run.say(f"warning: {failure}")
-
-
-@contextlib.contextmanager
-def _profiler(run: _Run) -> Iterator[Any]:
-    """torch.profiler over steps `profile_start`..`profile_stop - 1` (counted from 0, those that this start still
-    does); a Chrome trace per rank in `profile/`."""
-    start, stop = max(run.config.training.profile_start, run.step), run.config.training.profile_stop
-    if stop <= start:
-        yield None
-        return
-    run.folder.profile.mkdir(parents=True, exist_ok=True)
-    trace = run.folder.profile / f"rank_{run.ranks.rank}_steps_{start}_{stop}.json"
-    schedule = torch.profiler.schedule(wait=start - run.step, warmup=0, active=stop - start, repeat=1)
-    with torch.profiler.profile(
-        schedule=schedule, on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace))
-    ) as profiler:
-        yield profiler
-    if trace.exists():
-        run.say(f"profile {trace}")
 
 
 def _stream(config: RunConfig, corpus: Corpus, ranks: Ranks) -> TokenStream:

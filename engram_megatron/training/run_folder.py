@@ -6,6 +6,8 @@ run_dir/
   run_id                 of this run alone, even if another one stands in its place later
   metrics.jsonl          one line per logged step
   tensorboard/  profile/
+  heartbeats/            a file per rank: `heartbeat`
+  events.jsonl  job/  logs/    what happened to it, what was submitted, and what that printed: `engram_megatron.jobs`
   checkpoints/step_00000100/   complete when it holds COMPLETE
 """
 
@@ -26,9 +28,12 @@ from engram_megatron.config import CheckpointConfig, RunConfig
 from engram_megatron.config_fields import RESUME_FREE
 from engram_megatron.errors import UsageError
 from engram_megatron.overrides import from_dict, leaves, to_dict
+from engram_megatron.training.heartbeat import HEARTBEATS
+from engram_megatron.training.run_events import EVENTS_FILE
 from engram_megatron.training.stop_signal import STOP_FILE
 
 LOCK, RUN_ID = ".lock", "run_id"
+JOB, LOGS = "job", "logs"
 
 
 class RunFolder:
@@ -42,6 +47,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.checkpoints = self.path / "checkpoints"
+        self.heartbeats = self.path / HEARTBEATS
         self._lock: Any = None
 
     def check_unused(self) -> None:
@@ -51,11 +57,12 @@ class RunFolder:
         self.check_is_run_or_empty()
 
     def check_is_run_or_empty(self) -> None:
-        """Raise `UsageError` if there is something else than a run at the path. A start cut short left only a lock."""
+        """Raise `UsageError` if there is something else than a run at the path. A start cut short left only a lock,
+        and a submitted job that has not started what it was submitted with."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"run_dir = {self.path} is not a folder; choose another run_dir")
         if self.path.exists() and not self.config_file.exists():
-            ours = {LOCK, RUN_ID, STOP_FILE, *(path.name for path in self._subfolders())}
+            ours = {LOCK, RUN_ID, STOP_FILE, EVENTS_FILE, JOB, LOGS, *(path.name for path in self._subfolders())}
             others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
             if others:
                 raise UsageError(f"run_dir = {self.path} holds no run but other files ({others[0]}); choose another")
@@ -107,7 +114,7 @@ class RunFolder:
             return None
 
     def _subfolders(self) -> tuple[Path, ...]:
-        return self.tensorboard, self.checkpoints
+        return self.tensorboard, self.checkpoints, self.heartbeats
 
     def _try_lock(self, handle: Any, kind: int) -> None:
         try:

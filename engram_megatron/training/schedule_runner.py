@@ -3,6 +3,7 @@ pipeline stages, or interleaved 1F1B over chunks."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.model.parameter_names import unwrapped
 from engram_megatron.training.forward_step import Microbatch, forward_step
@@ -45,6 +47,9 @@ class ScheduleRunner:
         self.chunks = list(chunks)
         self.config = config
         self.expert_tokens: dict[int, Tensor] = {}  # layer number to tokens per expert of this rank's last step
+        self.gradients_ready = (
+            0.0  # when the last backward ended, before replicas sum gradients; of `time.perf_counter`
+        )
         megatron: Any = self.chunks[0].config
         megatron.finalize_model_grads_func = self._finalize
         self._run = get_forward_backward_func()
@@ -86,6 +91,8 @@ class ScheduleRunner:
         return list(result)
 
     def _finalize(self, chunks: list[nn.Module], _num_tokens: Tensor | None, **kwargs: Any) -> None:
+        platform.synchronize()
+        self.gradients_ready = time.perf_counter()
         self.expert_tokens = {
             module.layer_number: module.local_tokens_per_expert.clone()  # type: ignore[union-attr, operator, misc]
             for chunk in self.chunks

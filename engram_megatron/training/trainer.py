@@ -42,7 +42,7 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step found, the same on every rank."""
+    """What one step found, the same on every rank but for this rank's times."""
 
     loss: float  # nats per token of the global batch
     mtp_loss: float | None  # of multi-token prediction alone, nats per token that it predicts, without its weight
@@ -52,6 +52,7 @@ class StepResult:
     stop_requests: int  # ranks that were asked to stop
     seconds: float
     gather_wait_s: float
+    compute_s: float  # its forward and backward, without that wait and that for other replicas' gradients
     gather: GatherStatistics | None
 
 
@@ -99,6 +100,7 @@ class Trainer:
             self._ahead = (step + 1, self.memory.plan(next_batches))
         microbatches = self._prepare(batches, rows, is_training=True)
         sums = self.runner.train(microbatches, len(batches))
+        compute_s = self.runner.gradients_ready - started - (0.0 if rows is None else rows.wait_s)
         counted = once_per_replica(
             [sums.loss, float(sums.tokens), sums.mtp_loss, float(sums.mtp_tokens)],
             self.ranks,
@@ -122,6 +124,7 @@ class Trainer:
             stop_requests=int(totals[4]),
             seconds=time.perf_counter() - started,
             gather_wait_s=0.0 if rows is None else rows.wait_s,
+            compute_s=compute_s,
             gather=gather,
         )
 

@@ -155,8 +155,12 @@ def test_ranks_that_check_the_lock_together_do_not_take_each_other_for_a_job(fol
 def test_start_that_was_cut_short_can_be_repeated(folder: RunFolder) -> None:
     for path in (folder.path, folder.tensorboard, folder.checkpoints):
         path.mkdir()
-    (folder.path / ".lock").touch()
+    for name in (".lock", "events.jsonl"):
+        (folder.path / name).touch()
+    for name in ("job", "logs", "heartbeats"):  # of a submitted job
+        (folder.path / name).mkdir()
     folder.check_unused()
+    folder.check_is_run_or_empty()
     folder.check_unlocked()
 
 
