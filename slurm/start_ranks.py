@@ -9,7 +9,12 @@ import argparse
 import os
 import sys
 
+# The last agent to end finds the first one's store closed, which torch reports with a stack of C++: that is no fault.
+# Ranks do not inherit it.
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 from engram_megatron.training.launch_ranks import Node, launch_ranks
+
+del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
 def main() -> int:

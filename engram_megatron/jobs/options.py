@@ -127,7 +127,7 @@ def options_from_json(values: Mapping[str, Any]) -> JobOptions:
 
 def _with(options: JobOptions, values: Mapping[str, Any], source: str) -> JobOptions:
     defaults = {option.name: option.default for option in fields(JobOptions)}
-    changes = {}
+    changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in defaults:
             raise UsageError(f"{source}: {name!r} is no option of a job; there are {', '.join(defaults)}")

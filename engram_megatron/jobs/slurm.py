@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from engram_megatron.errors import UsageError
@@ -51,6 +52,15 @@ def kill_steps(job_id: str) -> None:
         number = step.rpartition(".")[2]
         if number.isdigit():
             _run("scancel", "--signal=KILL", step)
+
+
+def run_beside(program: Sequence[str], timeout_s: float) -> None:
+    """Run `program` once on every node of this process's job, beside its other steps. It prints to the job's log."""
+    command = ["srun", "--overlap", "--ntasks-per-node=1", "--label", *program]
+    try:
+        subprocess.run(command, check=False, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        print(f"{program[1]} did not end within {timeout_s:g} s on every node", flush=True)
 
 
 def is_cancelled(job_id: str) -> bool:

@@ -30,6 +30,7 @@ from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import preset
 
 EXIT_USAGE = 2
+_STACKS_S = 120.0
 _OVER = ("finished", "gave_up", "stopped")
 
 
@@ -75,7 +76,7 @@ class Supervisor:
         (self.run_dir / "STOP").unlink(missing_ok=True)
         self._event("started", **{"try": number}, step=newest_step(self.run_dir), nodes=list(self.allocation.nodes))
         step = TrainingStep(self.frozen, self.allocation, self.python, number)
-        return step.wait(lambda: bool(self.signals), lambda idle_s: self._tell_hang(idle_s))
+        return step.wait(lambda: bool(self.signals), lambda idle_s: self._tell_hang(number, idle_s))
 
     def _after(self, ended: Ended) -> int | None:
         """The exit code of the job; None: try again."""
@@ -95,8 +96,13 @@ class Supervisor:
             return self._give_up("the command, the corpus or the checkpoint is not usable: see the log")
         return None
 
-    def _tell_hang(self, idle_s: float) -> None:
-        self._event("hang", step=newest_step(self.run_dir), seconds=round(idle_s, 1))
+    def _tell_hang(self, number: int, idle_s: float) -> None:
+        """With the stacks of all ranks, which are still there."""
+        job = f"{self.allocation.job_id}.{self.allocation.restarts}"
+        stacks = self.run_dir / "logs" / f"stacks_{job}_try_{number}"
+        program = [self.python, str(self.frozen.code / "slurm/dump_stacks.py"), str(self.run_dir), str(stacks)]
+        slurm.run_beside(program, _STACKS_S)
+        self._event("hang", step=newest_step(self.run_dir), seconds=round(idle_s, 1), stacks=str(stacks))
 
     def _requeue(self, reason: str) -> int:
         if slurm.is_cancelled(self.allocation.job_id):
