@@ -72,6 +72,7 @@ class RunStatus:
     bad_nodes: list[str]
     events: list[Event]
     ranks: int
+    seen_s_ago: float | None  # any of them
     stragglers: list[Straggler]
     hosts: list[HostMemory]
 
@@ -121,6 +122,7 @@ def read_status(run_dir: Path) -> RunStatus:
         bad_nodes=sorted({name for event in events for name in event.fields.get("bad_nodes", {})}),
         events=events,
         ranks=len(beats),
+        seen_s_ago=now - max(beat.time for beat in beats) if beats else None,
         stragglers=stragglers(beats, now, beat_every_s) if state.name in ("running", "hanging") else [],
         hosts=_hosts(beats),
     )

@@ -67,7 +67,11 @@ def _rank_lines(status: RunStatus) -> Iterator[str]:
         + (f"{found.slowdown:.2f} x the median" if found.slowdown else f"silent for {in_words(found.silent_s or 0)}")
         for found in status.stragglers
     ]
-    yield f"ranks        {status.ranks} on {len(status.hosts)} hosts; stragglers: {'; '.join(slow) or 'none'}"
+    hosts = f"{len(status.hosts)} hosts" if len(status.hosts) > 1 else "1 host"
+    told = f"last seen {in_words(status.seen_s_ago or 0)} ago"
+    if status.state.name in ("running", "hanging"):
+        told = f"stragglers: {'; '.join(slow) or 'none'}"
+    yield f"ranks        {status.ranks} on {hosts}; {told}"
     label = "memory"
     for host in status.hosts[:MOST_HOSTS]:
         device = f", GPU {host.device_bytes / _GIB:.1f} GiB" if host.device_bytes else ""
