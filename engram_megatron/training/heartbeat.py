@@ -20,6 +20,8 @@ from typing import Literal
 
 import psutil
 
+from engram_megatron.tables.host_memory import available_bytes
+
 HEARTBEATS = "heartbeats"
 MEAN_OF_STEPS = 20
 SECONDS_TO_CLOSE = 5.0
@@ -44,6 +46,7 @@ class Beat:
     gather_wait_s: float
     compute_s: float
     rss_bytes: int  # resident memory of the process; shared pages count in each
+    available_bytes: int  # what the host, or the process's cgroup, has left
     device_bytes: int  # memory that the process holds of its GPU
 
 
@@ -116,6 +119,7 @@ class Heartbeat:
             gather_wait_s=gather_wait_s,
             compute_s=compute_s,
             rss_bytes=self._process.memory_info().rss,
+            available_bytes=available_bytes(),
             device_bytes=self.device_bytes(),
         )
 

@@ -8,7 +8,18 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+from engram_megatron.config import RunConfig
+from engram_megatron.training.board import (
+    COMPARED_METRICS,
+    compared_values,
+    config_text,
+    custom_scalars,
+    dashboard,
+    events_text,
+)
+from engram_megatron.training.run_events import read_events
 from engram_megatron.training.run_folder import RunFolder
 
 
@@ -23,10 +34,21 @@ class MetricsLog:
         self.num_steps = num_steps
         self.output = output
         self.started = time.monotonic()
-        self.first_step = first_step
+        self.first_step = self.last_step = first_step
         self.validated_step = _drop_lines_after(folder, first_step)
         self.lines = folder.metrics_file.open("a", buffering=1)
         self.board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
+        self.folder = folder
+        self._tell_events(first_step)
+
+    def describe(self, config: RunConfig, num_ranks: int) -> None:
+        """Show in TensorBoard what runs: the config, what people compare it by, and the curves to look at first."""
+        self.board.add_text("config", config_text(config))
+        self.board.add_custom_scalars(custom_scalars(dashboard(config)))
+        experiment, session, _ = hparams(compared_values(config, num_ranks), dict.fromkeys(COMPARED_METRICS, 0.0))
+        writer: Any = self.board.file_writer
+        for summary in (experiment, session):  # the metrics are the curves of the same name
+            writer.add_summary(summary)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Log `values` (TensorBoard tags to numbers) of step `step` (1-based: after the update) and print a line."""
@@ -47,23 +69,26 @@ class MetricsLog:
         self._write(step, values)
         self.say(f"saved {where}")
 
-    def text(self, tag: str, value: str) -> None:
-        """A text panel in TensorBoard."""
-        self.board.add_text(tag, value)
-
     def say(self, line: str) -> None:
         self.output.write(line + "\n")
         self.output.flush()
 
     def close(self) -> None:
+        self._tell_events(self.last_step)
         self.board.close()
         self.lines.close()
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
+        self.last_step = max(self.last_step, step)
         record: dict[str, Any] = {"step": step, **values}
         self.lines.write(json.dumps(record) + "\n")
         for tag, value in values.items():
             self.board.add_scalar(tag, value, step)
+
+    def _tell_events(self, step: int) -> None:
+        events = read_events(self.folder.path)
+        if events:
+            self.board.add_text("events", events_text(events), step)
 
     def _eta(self, step: int) -> float:
         done = step - self.first_step

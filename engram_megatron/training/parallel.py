@@ -125,11 +125,11 @@ def sum_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
     return [float(value) for value in total]
 
 
-def max_over_ranks(value: float, ranks: Ranks) -> float:
-    """Largest of all ranks' float64 values, on the host."""
-    largest = torch.tensor(value, dtype=torch.float64)
+def max_over_ranks(values: list[float], ranks: Ranks) -> list[float]:
+    """Largest of all ranks' float64 values, one by one, on the host."""
+    largest = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=ranks.host_group)
-    return float(largest)
+    return [float(value) for value in largest]
 
 
 def once_per_replica(values: list[float], ranks: Ranks) -> list[float]:

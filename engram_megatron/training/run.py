@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from engram_megatron.config import RunConfig
 from engram_megatron.model.backbone_config import TORCH_DTYPE
 from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
 from engram_megatron.optimizer.backbone import build_backbone_optimizer
-from engram_megatron.overrides import to_dict
 from engram_megatron.training import parallel
 from engram_megatron.training.checkpoint_writer import CheckpointWriter
 from engram_megatron.training.checkpointing import Checkpointer
@@ -173,7 +171,7 @@ def _build(
         folder.claim(config)
         remove_beats_of_others(folder.path, ranks.world_size)
         log = MetricsLog(folder, first_step=step, num_steps=config.training.num_steps, output=sys.stdout)
-        log.text("config", "    " + json.dumps(to_dict(config), indent=2).replace("\n", "\n    "))
+        log.describe(config, ranks.world_size)
     return _Run(
         config=config,
         ranks=ranks,

@@ -8,11 +8,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"
+MOST_NAMES = 6
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Event:
     kind: str
     fields: dict[str, Any]
 
+    @property
+    def details(self) -> str:
+        """The fields in one line: "try 1, step 400, nodes n1 n2"."""
+        return " ".join(", ".join(f"{name} {_in_words(value)}" for name, value in self.fields.items()).split())
+
 
 def read_events(run_dir: Path) -> list[Event]:
     """All events of `run_dir`; none without a file. Lines that a crash left incomplete are skipped."""
@@ -32,6 +39,21 @@ def read_events(run_dir: Path) -> list[Event]:
     except FileNotFoundError:
         return []
     return [event for event in map(_parsed, lines) if event is not None]
+
+
+def in_short(names: Sequence[str]) -> str:
+    """The names, or the first few and the last of many."""
+    if len(names) > MOST_NAMES:
+        return f"{' '.join(names[: MOST_NAMES - 1])} ... {names[-1]}"
+    return " ".join(names) or "none"
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} ({_in_words(inner)})" for name, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return in_short([_in_words(inner) for inner in value])
+    return str(value)
 
 
 def _parsed(line: bytes) -> Event | None:

@@ -10,12 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
 from torch import nn
 
+from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.gather.statistics import GatherStatistics, collision_estimate
 from engram_megatron.model.counts import has_mtp_experts
 from engram_megatron.model.parameter_names import unwrapped
+from engram_megatron.tables.host_memory import available_bytes
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.parallel import Ranks, max_over_ranks, sum_over_ranks
 
@@ -53,7 +56,7 @@ def table_metrics(memory: ConditionalMemory, num_steps: int, ranks: Ranks) -> di
         ranks,
     )
     rows, update_square, weight_square, touched = sums[len(TASKS) :]
-    busiest = max_over_ranks(float(update.rows), ranks)
+    (busiest,) = max_over_ranks([float(update.rows)], ranks)
     touched_share = touched / shard.layout.total_rows
     per_step = 1e3 / (ranks.world_size * max(num_steps, 1))
     return {f"tables/{task}_ms": total * per_step for task, total in zip(TASKS, sums, strict=False)} | {
@@ -62,6 +65,34 @@ def table_metrics(memory: ConditionalMemory, num_steps: int, ranks: Ranks) -> di
         "tables/collision_estimate": collision_estimate(touched_share),
         "tables/update_to_weight": math.sqrt(update_square / max(weight_square, 1e-300)),
     }
+
+
+def rank_metrics(compute_s: float, ranks: Ranks) -> dict[str, float]:
+    """What differs between ranks, in panels `perf/` and `memory/`. Collective.
+
+    `compute_s` of the slowest and the fastest rank; memory of the largest rank, in its process and on its GPU, and of
+    the host that has the least left.
+    """
+    gib = 1024**3
+    slowest, fastest, peak, resident, device, used_up = max_over_ranks(
+        [
+            compute_s,
+            -compute_s,
+            platform.peak_memory_bytes() / gib,
+            psutil.Process().memory_info().rss / gib,
+            platform.device_memory_bytes() / gib,
+            -available_bytes() / gib,
+        ],
+        ranks,
+    )
+    values = {
+        "perf/slowest_compute_ms": slowest * 1e3,
+        "perf/fastest_compute_ms": -fastest * 1e3,
+        "perf/peak_memory_gib": peak,
+        "memory/resident_gib": resident,
+        "memory/host_available_gib": -used_up,
+    }
+    return values | ({"memory/device_gib": device} if device > 0 else {})
 
 
 def layer_metrics(config: RunConfig, chunks: Sequence[nn.Module], ranks: Ranks) -> dict[str, float]:

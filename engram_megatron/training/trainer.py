@@ -31,9 +31,15 @@ from engram_megatron.optimizer.backbone import BackboneOptimizer
 from engram_megatron.optimizer.schedule import learning_rate_schedule
 from engram_megatron.training.conditional_memory import ConditionalMemory, StepRows
 from engram_megatron.training.forward_step import Microbatch, make_microbatch
-from engram_megatron.training.parallel import Ranks, max_over_ranks, once_per_replica, sum_over_ranks
+from engram_megatron.training.parallel import Ranks, once_per_replica, sum_over_ranks
 from engram_megatron.training.schedule_runner import ScheduleRunner
-from engram_megatron.training.step_metrics import expert_metrics, gather_metrics, layer_metrics, table_metrics
+from engram_megatron.training.step_metrics import (
+    expert_metrics,
+    gather_metrics,
+    layer_metrics,
+    rank_metrics,
+    table_metrics,
+)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -151,8 +157,8 @@ class Trainer:
             "train/learning_rate": result.learning_rate,
             "perf/tokens_per_second": rate,
             "perf/step_ms": result.seconds * 1e3,
-            "perf/peak_memory_gib": max_over_ranks(platform.peak_memory_bytes() / 1024**3, self.ranks),
         }
+        values |= rank_metrics(result.compute_s, self.ranks)
         peak = self.config.training.peak_tflops_per_rank * 1e12 * self.ranks.world_size
         if peak > 0:
             values["perf/mfu"] = rate * self.flops_per_token / peak

@@ -50,6 +50,7 @@ def test_beat_says_who_and_how_far(run_dir: Path) -> None:
     assert (beat.step_s, beat.gather_wait_s, beat.compute_s) == (3.0, 0.25, 1.5)
     assert before <= beat.progress_time <= beat.time <= time.time()
     assert beat.rss_bytes > 1 << 20
+    assert beat.available_bytes > 1 << 20
     (ended,) = read_heartbeats(run_dir)
     assert (ended.phase, ended.step) == ("ended", 5)
 
