@@ -25,6 +25,7 @@ from engram_megatron.jobs import slurm
 from engram_megatron.jobs.allocation import Allocation
 from engram_megatron.jobs.events import Event, append_event, read_events
 from engram_megatron.jobs.frozen import Frozen
+from engram_megatron.jobs.job_log import JobLog
 from engram_megatron.jobs.training_step import Ended, TrainingStep, newest_step
 from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import preset
@@ -42,6 +43,9 @@ class Supervisor:
     allocation: Allocation
     python: str
     signals: list[str] = field(default_factory=list)  # that Slurm has sent to this process
+
+    def __post_init__(self) -> None:
+        self._log = JobLog(self.frozen.run_dir / "logs" / f"{self.allocation.job_id}.log")
 
     def run(self) -> int:
         over = over_since_submission(read_events(self.run_dir))
@@ -75,6 +79,7 @@ class Supervisor:
     def _try(self, number: int) -> Ended:
         (self.run_dir / "STOP").unlink(missing_ok=True)
         self._event("started", **{"try": number}, step=newest_step(self.run_dir), nodes=list(self.allocation.nodes))
+        self._log.mark()
         step = TrainingStep(self.frozen, self.allocation, self.python, number)
         return step.wait(lambda: bool(self.signals), lambda idle_s: self._tell_hang(number, idle_s))
 
@@ -90,10 +95,13 @@ class Supervisor:
                 return self._requeue(self.signals[0] if self.signals else str(ended.stopped_by))
             self._event("stopped", step=step)
             return 0
-        reason = f"exit code {ended.code}" if ended.hung_s is None else f"no progress for {ended.hung_s:.0f} s"
+        if ended.hung_s is not None:
+            reason = f"no progress for {ended.hung_s:.0f} s"
+        else:
+            reason = self._log.first_error() or f"exit code {ended.code}"
         self._event("ended", code=ended.code, reason=reason, step=step)
         if ended.code == EXIT_USAGE and ended.hung_s is None:
-            return self._give_up("the command, the corpus or the checkpoint is not usable: see the log")
+            return self._give_up(reason)
         return None
 
     def _tell_hang(self, number: int, idle_s: float) -> None:
