@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from engram_megatron.config import RunConfig
 from engram_megatron.training.board import (
-    COMPARED_METRICS,
+    compared_summaries,
     compared_values,
     config_text,
     custom_scalars,
@@ -45,9 +44,8 @@ class MetricsLog:
         """Show in TensorBoard what runs: the config, what people compare it by, and the curves to look at first."""
         self.board.add_text("config", config_text(config))
         self.board.add_custom_scalars(custom_scalars(dashboard(config)))
-        experiment, session, _ = hparams(compared_values(config, num_ranks), dict.fromkeys(COMPARED_METRICS, 0.0))
         writer: Any = self.board.file_writer
-        for summary in (experiment, session):  # the metrics are the curves of the same name
+        for summary in compared_summaries(compared_values(config, num_ranks)):
             writer.add_summary(summary)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:

@@ -126,7 +126,7 @@ def test_run_is_described_once_for_all_starts(folder: RunFolder) -> None:
 def test_compared_keys_are_those_of_the_config() -> None:
     found = compared_values(preset("engram_27b"), 80)
     assert found.keys() == {"name", "ranks", *COMPARED_KEYS}
-    assert found["engram.layer_numbers"] == "(2, 15)"
+    assert found["engram.layer_numbers"] == "2,15"
     dense = compared_values(preset("dense_4b"), 8)
     assert set(COMPARED_KEYS) - set(dense) == {key for key in COMPARED_KEYS if key.startswith(("engram.", "model.moe"))}
 
