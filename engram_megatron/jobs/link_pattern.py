@@ -94,9 +94,10 @@ def describe_culprits(results: Sequence[LinkResult], names: Sequence[str]) -> di
     reasons = {}
     for node, partners in culprits.nodes.items():
         shown = ", ".join(names[partner] for partner in partners[:_SHOWN_PARTNERS])
+        shown += ", ..." if len(partners) > _SHOWN_PARTNERS else ""
         met = len({result.partner for result in results if result.node == node} | set(partners))
         reasons[names[node]] = (
-            f"its links to {len(partners)} of {met} nodes failed ({shown}{', ...' if len(partners) > 3 else ''}); "
+            f"{len(partners)} of its {met} links failed (to {shown}); "
             f"{_example(results, (min(node, partners[0]), max(node, partners[0])), names)}; "
             "look at its network card and cable"
         )

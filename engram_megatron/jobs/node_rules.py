@@ -62,14 +62,23 @@ def judge(
 ) -> Verdict:
     """Judge the nodes of `facts`, by name. `unseen`: which nodes' files in the run folder a node did not find."""
     verdict = Verdict()
-    for rule in (_own_problem, _gpu_problem, _memory_problem, _shm_problem, _nvme_problem):
-        found = {host: rule(node, needs) for host, node in facts.items()}
-        verdict.blame({host: reason for host, reason in found.items() if reason is not None}, len(facts))
+    _apply(verdict, facts, needs, [_own_problem])
     for key in _keys(facts):
         _compare(verdict, facts, *key)
     _compare_clocks(verdict, clocks)
     _compare_folders(verdict, facts, unseen)
+    _apply(verdict, facts, needs, [_gpu_problem, _memory_problem, _shm_problem, _nvme_problem])
     return verdict
+
+
+Rule = Callable[[NodeFacts, NodeNeeds], str | None]
+
+
+def _apply(verdict: Verdict, facts: Mapping[str, NodeFacts], needs: NodeNeeds, rules: Sequence[Rule]) -> None:
+    """Blame the nodes that a rule finds a fault in, which it tells."""
+    for rule in rules:
+        found = {host: rule(node, needs) for host, node in facts.items()}
+        verdict.blame({host: reason for host, reason in found.items() if reason is not None}, len(facts))
 
 
 Comparison = tuple[str, str, Callable[[NodeFacts], str]]
