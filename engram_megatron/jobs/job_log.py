@@ -21,8 +21,8 @@ class JobLog:
         self._from = self.path.stat().st_size if self.path.exists() else 0
 
     def first_error(self) -> str | None:
-        """What went wrong since the mark: the first line `error: ...`, without that word, of a rank that was killed, else
-        of any; others are what came of it."""
+        """What went wrong since the mark: the first line `error: ...`, without that word, of a rank that was killed,
+        else of any; others are what came of it."""
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self._from)

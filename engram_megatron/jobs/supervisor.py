@@ -7,6 +7,7 @@
     by a signal: time limit, preemption    back into the queue
     a rank failed, or all hang             another try in this allocation, from the newest checkpoint
     a user's mistake                       gave up
+    the preflight found bad nodes          the job ends, and another one is queued that excludes them
     `retries` tries that came no further   gave up: this and later jobs of the submission end at once
 
 A node that is lost takes the job with it: Slurm puts it back into the queue, and the next start says so.
@@ -21,8 +22,10 @@ from pathlib import Path
 from types import FrameType
 
 from engram_megatron.config import RunConfig
+from engram_megatron.errors import UsageError
 from engram_megatron.jobs import slurm
 from engram_megatron.jobs.allocation import Allocation
+from engram_megatron.jobs.allocation_check import EXIT_USAGE, check_allocation
 from engram_megatron.jobs.events import Event, append_event, read_events
 from engram_megatron.jobs.frozen import Frozen
 from engram_megatron.jobs.job_log import JobLog
@@ -30,7 +33,6 @@ from engram_megatron.jobs.training_step import Ended, TrainingStep, newest_step
 from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import preset
 
-EXIT_USAGE = 2
 _STACKS_S = 120.0
 _OVER = ("finished", "gave_up", "stopped")
 
@@ -53,6 +55,9 @@ class Supervisor:
             print(f"nothing to do: the run {over.kind.replace('_', ' ')} in job {over.job}", flush=True)
             return 0
         self._event("allocated", nodes=list(self.allocation.nodes))
+        code = self._check_nodes()
+        if code is not None:
+            return code
         number = 0
         while True:
             fruitless = fruitless_tries(read_events(self.run_dir), newest_step(self.run_dir))
@@ -75,6 +80,27 @@ class Supervisor:
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """The handler of Slurm's signals."""
         self.signals.append(signal.Signals(number).name)
+
+    def _check_nodes(self) -> int | None:
+        """The exit code of the job; None: its nodes can be used."""
+        self._log.mark()
+        checked = check_allocation(self.frozen, self.allocation, self.python)
+        if self.signals:
+            return self._requeue(self.signals[0])
+        self._event("preflight", code=checked.code, bad_nodes=checked.bad_nodes)
+        if not checked.is_usable:
+            return self._give_up(self._log.first_error() or "the preflight ended with exit code 2")
+        if not checked.bad_nodes:
+            return None
+        excluded = excluded_nodes(read_events(self.run_dir), self.frozen.options.exclude)
+        try:
+            job_id = slurm.submit(
+                self.frozen.script, f"--exclude={excluded}", f"--dependency=afterany:{self.allocation.job_id}"
+            )
+        except UsageError as error:
+            return self._give_up(f"bad nodes {excluded}, and Slurm has no others: {error}")
+        self._event("requeued", reason=f"bad nodes {', '.join(checked.bad_nodes)}", next_job=job_id)
+        return 0
 
     def _try(self, number: int) -> Ended:
         (self.run_dir / "STOP").unlink(missing_ok=True)
@@ -136,6 +162,16 @@ class Supervisor:
     def _num_steps(self) -> int:
         config: RunConfig = apply_overrides(preset(self.frozen.preset), list(self.frozen.overrides))
         return config.training.num_steps
+
+
+def excluded_nodes(events: list[Event], exclude: str) -> str:
+    """What sbatch is told not to use: what the user said, and what preflights since the last submission found."""
+    names: list[str] = []
+    for event in events:
+        if event.kind == "submitted":
+            names = []
+        names += event.fields.get("bad_nodes", {})
+    return ",".join(dict.fromkeys([*([exclude] if exclude else []), *names]))
 
 
 def over_since_submission(events: list[Event]) -> Event | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engram_megatron.jobs.events import Event
-from engram_megatron.jobs.supervisor import fruitless_tries, over_since_submission
+from engram_megatron.jobs.supervisor import excluded_nodes, fruitless_tries, over_since_submission
 
 
 def _events(text: str) -> list[Event]:
@@ -48,3 +48,12 @@ def test_run_is_over_until_it_is_submitted_again(text: str, kind: str | None) ->
 )
 def test_tries_that_came_no_further_are_counted(text: str, step: int, count: int) -> None:
     assert fruitless_tries(_events(text), step) == count
+
+
+def test_nodes_that_preflights_found_bad_are_excluded_until_the_next_submission() -> None:
+    found = [
+        Event(0.0, "1.0", "preflight", {"bad_nodes": bad}) for bad in ({"n3": "clock"}, {}, {"n4": "x", "n3": "y"})
+    ]
+    assert excluded_nodes(found, "") == "n3,n4"
+    assert excluded_nodes(found, "n[7-9]") == "n[7-9],n3,n4"
+    assert excluded_nodes([*found, *_events("submitted")], "") == ""
