@@ -16,6 +16,7 @@ StateName = Literal["never started", "queued", "running", "hanging", "stopped", 
 SILENT_S, SILENT_BEATS = 30.0, 6
 # Without progress: in training, in steps and in seconds at least; in the first step, a load or a save.
 STUCK_STEPS, STUCK_S, STUCK_ELSEWHERE_S = 10, 120.0, 1800.0
+STARTING_S = 600.0  # from the start of ranks to their first beat: imports from a shared file system
 _AFTER_RANKS = ("ended", "requeued", "gave_up", "finished", "stopped")  # events that no rank lives to see
 
 
@@ -70,7 +71,8 @@ def _state_of_living(beats: Sequence[Beat]) -> State:
 
 
 def _state_of_silent_job(job: QueuedJob, last: Event | None, said: float, now: float) -> State:
-    if last is not None and last.kind in ("started", "hang") and now - last.time > STUCK_S:
+    limit_s = STUCK_S if last is not None and said > last.time else STARTING_S
+    if last is not None and last.kind in ("started", "hang") and now - last.time > limit_s:
         silent_s = now - max(said, last.time)
         return State("hanging", f"job {job.job_id} runs, but no rank has given a sign of life for {in_words(silent_s)}")
     told = f" ({last.kind.replace('_', ' ')})" if last is not None else ""

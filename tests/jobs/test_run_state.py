@@ -46,6 +46,8 @@ CASES: dict[str, tuple[list[Beat], list[Event], list[QueuedJob] | None, bool, st
     "first step is slow": (beats(1, progress_time=NOW - 300, step_s=0.0), [], None, False, "running", "training"),
     "long steps": (beats(1, progress_time=NOW - 300, step_s=60.0), [], None, False, "running", "training"),
     "all silent": (beats(300, 300), STARTED, [RUNNING], False, "hanging", "job 7 runs, but no rank"),
+    "starts": ([], events("started", age_s=300), [RUNNING], False, "running", "(started)"),
+    "never comes up": (beats(5000), events("started", age_s=900), [RUNNING], False, "hanging", "for 15 min 0 s"),
     "between tries": (beats(9, 9), events("started", "ended", code=1), [RUNNING], False, "running", "(ended)"),
     "killed by hand": (beats(7200, 7300), [], None, False, "failed", "for 2 h 0 min, and none has ended"),
     "job lost": (beats(7200), events("started", age_s=9000), [], False, "failed", "no rank has given a sign of life"),
