@@ -28,6 +28,8 @@ MESSAGE_BYTES = 4 * 1024**2
 ROUND_S = 20.0  # the first NCCL group of a process takes several seconds
 ENOUGH_FAILURES = 3  # of a node, before the others stop trying
 _GRACE_S = 5.0  # for a round's results on their way to the first node
+_NEVER = timedelta(days=1)
+_SHOWN_ERROR = 300  # characters
 _NEXT_ROUND_S = 30.0  # until the first node opens one, beside the time that another node's meeting may take
 
 
@@ -63,7 +65,7 @@ class Link:
             group: Any = dist.ProcessGroupGloo(store, place, 2, timeout)
             return cls(group, torch.device("cpu"), place, timeout_s)
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
+        options._timeout = _NEVER  # its watchdog would end the process; `_finish` and `_meet` have limits of their own
         return cls(dist.ProcessGroupNCCL(store, place, 2, options), platform.device(), place, timeout_s)
 
     def all_reduce(self, values: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -80,8 +82,12 @@ class Link:
         return received.cpu().numpy()
 
     def _finish(self, work: Any) -> None:
+        deadline = time.monotonic() + self.timeout_s
+        while self.device.type == "cuda" and not work.is_completed():  # a wait could hold up later links' stream
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nothing came within {self.timeout_s:.0f} s")
+            time.sleep(1e-4)
         work.wait(timedelta(seconds=self.timeout_s))
-        platform.synchronize()
 
 
 OpenLink = Callable[[str, Store, int, float], Link]
@@ -161,7 +167,7 @@ def _meet(
                 link = open_link(transport, store, pair.index(node), max(deadline - time.monotonic(), 0.1))
                 done.append(_exchange(link, node, partner, transport, message_bytes))
             except RuntimeError as error:  # gloo's and NCCL's, their stores' and time limits
-                told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                told = " ".join(str(error).split())[:_SHOWN_ERROR] or type(error).__name__
                 done.append(LinkResult(node=node, partner=partner, transport=transport, error=told))
             if done[-1].failed:
                 return
