@@ -29,7 +29,8 @@ from engram_megatron.local_cluster.settings import (
 )
 
 READY_TIMEOUT_S = 60.0
-OWN = ("etc", "log", "munge", "state", "spool", "disks", "processes", "scratch", "cluster.json")
+READY = "ready"  # an empty file: `up` has come to its end
+OWN = ("etc", "log", "munge", "state", "spool", "disks", "processes", "scratch", "cluster.json", READY)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def up(
     require_programs()
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     with _locked(folder):
-        if settings_file(folder).exists() and machine.is_on(load_settings(folder), CONTROLLER):
+        if (folder / READY).exists() and machine.is_on(load_settings(folder), CONTROLLER):
             raise UsageError(f"a cluster is up in {folder} already: `down` first, or give another --dir")
         _remove(folder)
         if any(folder.iterdir()):
@@ -62,6 +63,7 @@ def up(
         settings = choose_settings(folder, nodes, cpus_per_node, shm_mib, plain=plain)
         try:
             _start(settings)
+            (folder / READY).touch()
         except BaseException:
             _stop(settings)
             raise

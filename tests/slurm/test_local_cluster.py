@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,7 @@ def local_cluster(folder: Path) -> Iterator[ClusterSettings]:
 
 
 def _processes_of(folder: Path) -> list[psutil.Process]:
+    """Those that run: one that is dead, and waits for its parent, has no command line any more."""
     return [found for found in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(found.info["cmdline"] or [])]
 
 
@@ -122,6 +125,22 @@ def test_plain_processes(folder: Path) -> None:
     finally:
         cluster.down(folder)
     assert not _processes_of(folder)
+
+
+def test_up_cleans_what_a_killed_one_has_left(folder: Path) -> None:
+    program = [sys.executable, "slurm/local_cluster.py", "up", "--plain", "--nodes=3", f"--dir={folder}"]
+    with subprocess.Popen(program, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) as killed:
+        while not (folder / "processes" / "node1").exists():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        killed.kill()
+    left = set(_processes_of(folder))
+    assert left
+    try:
+        cluster.up(folder, 1, plain=True)
+        assert not left & set(_processes_of(folder))
+    finally:
+        cluster.down(folder)
 
 
 def test_up_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
