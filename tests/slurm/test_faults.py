@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 120
 OPTIONS = (f"training.num_steps={STEPS}", "checkpoint.every_steps=20")
-JOB = ("--ranks-per-node=1", "--time=1:00:00", "--memory=100", "--hang-s=15", "--exclude=node4")
+JOB = ("--ranks-per-node=1", "--time=1:00:00", "--memory=100", "--hang-s=30", "--exclude=node4")
 Fault = Callable[[Cluster, Run, str], None]
 
 
