@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from tiny_run import TINY, metrics
@@ -52,7 +51,8 @@ class Cluster:
 
     def kill_slurmd(self, node: str) -> None:
         for process in psutil.process_iter():
-            if process.name() == "slurmd" and node in process.cmdline():
+            is_nodes = process.name() == "slurmd" and node in process.cmdline()
+            if is_nodes and process.environ().get("SLURM_CONF") == str(self.settings.slurm_conf):  # of this cluster
                 process.kill()
 
 
@@ -63,13 +63,13 @@ class Run:
     cluster: Cluster
     path: Path
 
-    def submit(self, corpus: Path, *words: str, nodes: int = 2, **more: Any) -> str:
+    def submit(self, corpus: Path, *words: str) -> str:
         """Returns the id of its first job."""
-        return self.try_to_submit(corpus, *words, nodes=nodes, **more).split()[1]
+        return self.try_to_submit(corpus, *words).split()[1]
 
-    def try_to_submit(self, corpus: Path, *words: str, nodes: int = 2, code: int = 0) -> str:
+    def try_to_submit(self, corpus: Path, *words: str, code: int = 0) -> str:
         """What slurm/submit.py prints, of an exit with `code`."""
-        command = [sys.executable, "slurm/submit.py", "engram_tiny", f"--nodes={nodes}", *TINY]
+        command = [sys.executable, "slurm/submit.py", "engram_tiny", "--nodes=2", *TINY]
         command += [f"data.corpus={corpus}", f"run_dir={self.path}", *words]
         done = self.cluster.attempt(*command)
         assert done.returncode == code, done.stdout + done.stderr

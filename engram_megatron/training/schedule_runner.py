@@ -47,9 +47,8 @@ class ScheduleRunner:
         self.chunks = list(chunks)
         self.config = config
         self.expert_tokens: dict[int, Tensor] = {}  # layer number to tokens per expert of this rank's last step
-        self.gradients_ready = (
-            0.0  # when the last backward ended, before replicas sum gradients; of `time.perf_counter`
-        )
+        # When the last backward ended, before replicas sum gradients; of `time.perf_counter`.
+        self.gradients_ready = 0.0
         megatron: Any = self.chunks[0].config
         megatron.finalize_model_grads_func = self._finalize
         self._run = get_forward_backward_func()
