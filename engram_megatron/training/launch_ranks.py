@@ -23,6 +23,8 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from engram_megatron.training.stop_signal import FirstSignal
+
 EXIT_USAGE = 2
 SHOWN_FAILURES = 4
 MEET_S = 300  # for all nodes to come
@@ -51,8 +53,8 @@ def launch_ranks(command: Sequence[str], num_ranks: int, node: Node | None = Non
     and wait for all of them.
 
     They inherit the environment, torchrun's variables, and OMP_NUM_THREADS (cores by ranks) where it is not set. The
-    first signal of SIGTERM, SIGINT, SIGUSR1 and SIGHUP goes to every rank, which saves and ends; a second one ends
-    them at once. Returns the exit code for the launcher: 0 when every rank ended with 0, else the code of the rank
+    first signal of SIGTERM, SIGINT, SIGUSR1 and SIGHUP goes to every rank, which saves and ends; one that follows two
+    seconds later or more ends them at once. Returns the exit code for the launcher: 0 when every rank ended with 0, else the code of the rank
     that failed first (128 + n when signal n ended it), after one line on stderr that names the rank. Code 2, a user's
     mistake, was told by the rank itself.
     """
@@ -115,12 +117,14 @@ class _Agent(threading.Thread):
 def _signals_forwarded() -> Iterator[list[int]]:
     """Send stop signals on to all child processes while the block runs. Yields the list of those that came."""
     came: list[int] = []
+    first = FirstSignal()
 
     def forward(number: int, _frame: FrameType | None) -> None:
         came.append(number)
+        ends_now = first.is_followed()
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(_FORWARDED[signal.Signals(number)] if len(came) == 1 else signal.SIGKILL)
+                child.send_signal(signal.SIGKILL if ends_now else _FORWARDED[signal.Signals(number)])
 
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in _FORWARDED}
     if before[signal.SIGHUP] is signal.SIG_IGN:  # started with nohup

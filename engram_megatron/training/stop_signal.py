@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 STOP_FILE = "STOP"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ECHO_S = 2.0
+
+
+class FirstSignal:
+    """Tells a second signal, of somebody who does not want to wait, from an echo of the first: `scancel --signal`
+    reaches launchers and ranks, and launchers pass it on to ranks, which have it already."""
+
+    def __init__(self) -> None:
+        self._came: float | None = None
+
+    def is_followed(self) -> bool:
+        """Call for each signal, in its handler: whether it is a second one."""
+        now = time.monotonic()
+        if self._came is None:
+            self._came = now
+        return now - self._came > _ECHO_S
 
 
 class StopSignal:
@@ -25,6 +42,7 @@ class StopSignal:
         self.stop_file = run_dir / STOP_FILE
         self.watch_file = watch_file
         self.received: str | None = None
+        self._first = FirstSignal()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -38,10 +56,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:  # a second one: whoever sends it does not want to wait
+        if self._first.is_followed():
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
 
     def reason(self) -> str | None:
         """Why this rank wants to stop, or None."""

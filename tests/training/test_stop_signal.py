@@ -59,7 +59,9 @@ with StopSignal(Path({str(tmp_path)!r})):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
-    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.poll() is None, "a launcher's echo of the same signal must not end a rank that saves"
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == -signal.SIGTERM
     process.stdout.close()
