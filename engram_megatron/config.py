@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, isfinite, prod
 from typing import Literal
 
-from engram_megatron.config_fields import DType, check, free
+from engram_megatron.config_fields import DType, check, free, path
 from engram_megatron.config_optimizer import OptimizerConfig
 from engram_megatron.config_tables import TablesConfig
 
@@ -241,8 +241,8 @@ class ParallelConfig:
 class DataConfig:
     """Where tokens come from. A corpus directory holds `train` and `validation` (see `engram_data.corpus`)."""
 
-    corpus: str = ""
-    tokenizer: str = ""  # a tokenizer.json; empty: the one the corpus carries
+    corpus: str = path()
+    tokenizer: str = path()  # a tokenizer.json; empty: the one the corpus carries
     sequence_length: int = 4096
     shuffle_seed: int = 1234
     # Attention, n-gram windows and convolution see one document only; False packs as one stream of text.
@@ -266,9 +266,9 @@ class CheckpointConfig:
     # Saves between two full ones that hold, of the tables, the rows that changed since the full one; 0: all are full
     deltas_between_full: int = free(0)
     # A folder on every node's own disk, for saves between those: each node's files there, with a copy on the next node
-    local_dir: str = free("")
+    local_dir: str = path(free=True)
     local_every_steps: int = free(0)  # of those steps that have no save of the run folder; needs local_dir
-    init_from: str = ""  # a checkpoint folder whose weights (and tables) start this run; nothing else is taken
+    init_from: str = path()  # a checkpoint folder whose weights (and tables) start this run; nothing else is taken
 
     def validate(self) -> None:
         for name in (
@@ -344,7 +344,7 @@ class RunConfig:
     """A whole run. `run_dir` is where everything that it writes goes."""
 
     name: str
-    run_dir: str = free("")
+    run_dir: str = path(free=True)
     model: ModelConfig = ModelConfig()
     engram: EngramConfig | None = EngramConfig()  # None: the same backbone without conditional memory
     tables: TablesConfig = TablesConfig()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from engram_megatron.config_fields import DType, check, free
+from engram_megatron.config_fields import DType, check, free, path
 
 LAST_STEP_BYTES = 4
 INDEX_BYTES = LAST_STEP_BYTES + 4 + 1  # in memory of every row on NVMe: last step, place among the hot ones, past uses
@@ -47,7 +47,7 @@ class TablesConfig:
     block_rows: int = free(16384)
     # host: all rows in memory. nvme: the hot ones, all others in a file of each rank in nvme_dir; the same numbers
     placement: Literal["host", "nvme"] = free("host")
-    nvme_dir: str = free("")  # of placement = nvme: a folder on a local disk of every host
+    nvme_dir: str = path(free=True)  # of placement = nvme: a folder on a local disk of every host
     hot_fraction: float = free(0.2)  # of placement = nvme: share of the rows that have a place in memory
     # eager: all memory (and disk space) is taken at the start. lazy: a page when a row in it is first updated
     commit: Literal["eager", "lazy"] = free("eager")

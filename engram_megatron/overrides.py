@@ -12,9 +12,11 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from engram_megatron.config import RunConfig
+from engram_megatron.config_fields import PATH
 from engram_megatron.errors import UsageError
 
 
@@ -29,6 +31,14 @@ def apply_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             raise UsageError(f"override {assignment!r} is not of the form key=value")
         config = _set(config, config, key.strip(), key.strip().split("."), text.strip())
     return config
+
+
+def with_absolute_paths(config: RunConfig, assignments: Sequence[str]) -> list[str]:
+    """The assignments, for a program that starts in another folder. Raises `UsageError` as `apply_overrides` does."""
+    found = leaves(apply_overrides(config, assignments))
+    paths = {key for key, _, field in found if field.metadata.items() >= PATH.items()}
+    split = [assignment.partition("=") for assignment in assignments]
+    return [f"{key}={Path(text).absolute() if key in paths and text else text}" for key, _, text in split]
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
-from tiny_run import TINY, metrics
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import TINY, backbone, metrics, tables, train_losses
 
 from engram_megatron.jobs.events import Event, read_events
 from engram_megatron.jobs.stacks import ranks_here
@@ -47,7 +50,22 @@ class Cluster:
     def boot(self, node: str) -> None:
         """Switch `node` on, and wait until it takes jobs."""
         cluster.boot(self.settings, node)
-        _wait_until(lambda: self.command("sinfo", "-hn", node, "-o%t").split()[0] in ("idle", "mix"), f"{node} idle")
+        _wait_until(lambda: self.node_state(node) in ("idle", "mix"), f"{node} idle")
+
+    def node_state(self, node: str) -> str:
+        return self.command("sinfo", "-hn", node, "-o%t").split()[0].rstrip("*")
+
+    def job_state(self, job: str) -> str:
+        """In Slurm's words, such as RUNNING."""
+        return self.command("scontrol", "show", "job", job).partition("JobState=")[2].split()[0]
+
+    def mend(self) -> None:
+        """Boot all nodes that are off or have no slurmd, so that the next test finds a whole cluster."""
+        for state in cluster.states(self.settings):
+            if state.is_on and state.slurm.startswith("down"):
+                self.crash(state.node.name)
+            if not state.is_on or state.slurm.startswith("down"):
+                self.boot(state.node.name)
 
     def kill_slurmd(self, node: str) -> None:
         for process in psutil.process_iter():
@@ -79,19 +97,31 @@ class Run:
         return [event for event in read_events(self.path) if not kinds or event.kind in kinds]
 
     def wait_for_event(self, kind: str, count: int = 1) -> Event:
-        _wait_until(lambda: len(self.events(kind)) >= count, f"{count} events {kind}", self.told)
+        self.wait_until(lambda: len(self.events(kind)) >= count, f"{count} events {kind}")
         return self.events(kind)[count - 1]
 
     def wait_for_step(self, step: int) -> None:
-        def reached() -> bool:
-            exists = (self.path / "metrics.jsonl").exists()
-            return exists and max((line["step"] for line in metrics(self.path)), default=0) >= step
-
-        _wait_until(reached, f"step {step}", self.told)
+        self.wait_until(lambda: self.step >= step, f"step {step}")
 
     def wait_until_finished(self) -> None:
-        _wait_until(lambda: bool(self.events("finished", "gave_up", "stopped")), "the end", self.told)
+        self.wait_until(lambda: bool(self.events("finished", "gave_up", "stopped")), "the end")
         assert self.events("finished"), self.told()
+
+    def wait_until(self, happened: Callable[[], bool], what: str) -> None:
+        """AssertionError, with what the run has told, where it does not happen."""
+        _wait_until(happened, what, self.told)
+
+    @property
+    def step(self) -> int:
+        """The last that is logged; 0 before there is one."""
+        exists = (self.path / "metrics.jsonl").exists()
+        return max((line["step"] for line in metrics(self.path)), default=0) if exists else 0
+
+    @property
+    def job(self) -> str:
+        """The id of the job that trains, or is the next to."""
+        known = [event.job.partition(".")[0] for event in self.events() if event.job]
+        return known[-1] if known else str(self.events("submitted")[-1].fields["jobs"][0])
 
     def rank(self, number: int) -> psutil.Process:
         return ranks_here(self.path)[number]
@@ -100,6 +130,20 @@ class Run:
         """All events, and the ends of its logs."""
         logs = [log.read_text()[-3000:] for log in sorted((self.path / "logs").glob("*.log"))]
         return "\n".join([*map(str, self.events()), *logs])
+
+
+def assert_equal_ends(found: Run, expected: Run) -> None:
+    """Bit for bit: losses of all steps, tables and weights of the last checkpoint; and a step is logged once."""
+    losses = train_losses(expected.path)
+    assert train_losses(found.path) == losses
+    board = EventAccumulator(str(found.path / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == sorted(losses), "one curve over all starts"
+    ours, theirs = (run.path / f"checkpoints/step_{max(losses):08d}" for run in (found, expected))
+    for name, values in tables(theirs).items():
+        np.testing.assert_array_equal(tables(ours)[name], values, err_msg=name)
+    weights, others = backbone(theirs), backbone(ours)
+    assert [name for name, tensor in weights.items() if not torch.equal(others[name], tensor)] == []
 
 
 def _wait_until(happened: Callable[[], bool], what: str, told: Callable[[], str] = lambda: "") -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.model.budget import moe_twin
-from engram_megatron.overrides import apply_overrides, from_dict, overrides_between, to_dict
+from engram_megatron.overrides import (
+    apply_overrides,
+    from_dict,
+    leaves,
+    overrides_between,
+    to_dict,
+    with_absolute_paths,
+)
 from engram_megatron.presets import engram_tiny, preset, preset_names
 
 
@@ -74,3 +82,21 @@ def test_overrides_between_two_configs_turn_one_into_the_other() -> None:
     for target in (pair.moe, replace(pair.engram, run_dir="x"), engram_tiny()):
         found = apply_overrides(engram_tiny(), overrides_between(engram_tiny(), target))
         assert replace(found, name=target.name) == target
+
+
+def test_paths_are_made_absolute_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = [
+        "run_dir=r",
+        "data.corpus=c",
+        "checkpoint.local_dir=/disk",
+        "tables.nvme_dir=",
+        "engram.layer_numbers=2",
+    ]
+    assert with_absolute_paths(engram_tiny(), relative) == [
+        *(f"run_dir={tmp_path}/r", f"data.corpus={tmp_path}/c", "checkpoint.local_dir=/disk"),
+        *("tables.nvme_dir=", "engram=none"),
+    ]
+    paths = {key for key, _, field in leaves(engram_tiny()) if key.endswith(("_dir", "corpus", "tokenizer", "_from"))}
+    marked = {key for key, _, field in leaves(engram_tiny()) if field.metadata.get("kind") == "path"}
+    assert paths == marked

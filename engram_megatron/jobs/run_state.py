@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engram_megatron.jobs.queue_state import QueuedJob
+from engram_megatron.jobs.slurm import QueuedJob
 from engram_megatron.training.heartbeat import Beat
 from engram_megatron.training.run_events import Event
 

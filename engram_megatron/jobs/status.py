@@ -18,8 +18,8 @@ from engram_checkpoints.run_checkpoints import complete_checkpoints
 from engram_megatron.errors import UsageError
 from engram_megatron.jobs.events import EVENTS_FILE, Event, read_events
 from engram_megatron.jobs.metrics_tail import MetricsTail, metrics_tail
-from engram_megatron.jobs.queue_state import queued_jobs
 from engram_megatron.jobs.run_state import State, silent_after, state_of
+from engram_megatron.jobs.slurm import queued_jobs
 from engram_megatron.training.heartbeat import Beat, read_heartbeats
 
 SLOW = 1.15  # times the median of all ranks' compute makes a straggler

@@ -16,13 +16,10 @@ from engram_megatron.jobs.batch_script import Job, batch_script
 from engram_megatron.jobs.events import append_event
 from engram_megatron.jobs.frozen import Frozen, freeze, next_folder
 from engram_megatron.jobs.options import JobOptions
-from engram_megatron.overrides import apply_overrides
+from engram_megatron.overrides import apply_overrides, with_absolute_paths
 from engram_megatron.presets import preset
 from engram_megatron.training.preflight import open_inputs
 from engram_megatron.training.run_folder import RunFolder
-
-# Keys of the config that are paths: jobs need not start where they were submitted.
-_PATHS = ("run_dir", "data.corpus", "data.tokenizer", "checkpoint.init_from", "checkpoint.local_dir", "tables.nvme_dir")
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def prepare(preset_name: str, overrides: Sequence[str], options: JobOptions, *, 
     Raises:
         UsageError, CorpusError: the first thing that cannot work, in one line.
     """
-    overrides = [_absolute(override) for override in overrides]
+    overrides = with_absolute_paths(preset(preset_name), overrides)  # jobs need not start where they were submitted
     config = apply_overrides(preset(preset_name), overrides)
     open_inputs(config, options.world_size, resume=resume)
     run_dir = RunFolder(config.run_dir).path
@@ -85,8 +82,3 @@ def prepare(preset_name: str, overrides: Sequence[str], options: JobOptions, *, 
 def job_name(run_dir: Path) -> str:
     """Of all jobs of a run, and of no other run: Slurm runs one of them at a time (`--dependency=singleton`)."""
     return f"{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:6]}"
-
-
-def _absolute(override: str) -> str:
-    key, _, value = override.partition("=")
-    return f"{key}={Path(value).absolute()}" if key in _PATHS and value else override

@@ -34,6 +34,7 @@ from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import preset
 
 _STACKS_S = 120.0
+_WITH_JOB = ("allocated", "preflight", "started", "hang")  # events that a job lives to follow by another
 _OVER = ("finished", "gave_up", "stopped")
 
 
@@ -54,6 +55,7 @@ class Supervisor:
         if over is not None:
             print(f"nothing to do: the run {over.kind.replace('_', ' ')} in job {over.job}", flush=True)
             return 0
+        self._tell_loss()
         self._event("allocated", nodes=list(self.allocation.nodes))
         code = self._check_nodes()
         if code is not None:
@@ -66,7 +68,7 @@ class Supervisor:
                     f"{fruitless} tries in a row came no further than step {newest_step(self.run_dir)}"
                 )
             if self.signals:
-                return self._requeue(self.signals[0])
+                return self._requeue(self._why_signalled())
             number += 1
             ended = self._try(number)
             code = self._after(ended)
@@ -81,12 +83,22 @@ class Supervisor:
         """The handler of Slurm's signals."""
         self.signals.append(signal.Signals(number).name)
 
+    def _tell_loss(self) -> None:
+        """Of the job's last start, where nobody was left to tell it."""
+        lost = lost_start(read_events(self.run_dir))
+        if lost is not None:
+            states = slurm.unusable_nodes(lost.fields.get("nodes", []))
+            told = ", ".join(f"{name} is {state}" for name, state in states.items())
+            self._event(
+                "lost", reason=told or "its nodes are up again, or were never down", step=newest_step(self.run_dir)
+            )
+
     def _check_nodes(self) -> int | None:
         """The exit code of the job; None: its nodes can be used."""
         self._log.mark()
         checked = check_allocation(self.frozen, self.allocation, self.python)
         if self.signals:
-            return self._requeue(self.signals[0])
+            return self._requeue(self._why_signalled())
         self._event("preflight", code=checked.code, bad_nodes=checked.bad_nodes)
         if not checked.is_usable:
             return self._give_up(self._log.first_error() or "the preflight ended with exit code 2")
@@ -116,9 +128,10 @@ class Supervisor:
             self._event("finished", step=step)
             return 0
         if ended.is_orderly:
-            self._event("ended", code=ended.code, reason=f"stopped by {ended.stopped_by}", step=step)
-            if self.signals or not (ended.stopped_by or "").startswith("file"):
-                return self._requeue(self.signals[0] if self.signals else str(ended.stopped_by))
+            why = self._why_signalled() if self.signals else str(ended.stopped_by)
+            self._event("ended", code=ended.code, reason=f"stopped by {why}", step=step)
+            if self.signals or not why.startswith("file"):
+                return self._requeue(why)
             self._event("stopped", step=step)
             return 0
         if ended.hung_s is not None:
@@ -137,6 +150,9 @@ class Supervisor:
         program = [self.python, str(self.frozen.code / "slurm/dump_stacks.py"), str(self.run_dir), str(stacks)]
         slurm.run_beside(program, _STACKS_S)
         self._event("hang", step=newest_step(self.run_dir), seconds=round(idle_s, 1), stacks=str(stacks))
+
+    def _why_signalled(self) -> str:
+        return slurm.why_signalled(self.allocation.job_id, self.frozen.options.signal_s) or self.signals[0]
 
     def _requeue(self, reason: str) -> int:
         if slurm.is_cancelled(self.allocation.job_id):
@@ -182,6 +198,13 @@ def over_since_submission(events: list[Event]) -> Event | None:
         if event.kind in _OVER:
             return event
     return None
+
+
+def lost_start(events: list[Event]) -> Event | None:
+    """The newest event that names the nodes of a job that ended without a word: with its head node."""
+    if not events or events[-1].kind not in _WITH_JOB:
+        return None
+    return next(event for event in reversed(events) if event.kind == "allocated")
 
 
 def fruitless_tries(events: list[Event], step: int) -> int:

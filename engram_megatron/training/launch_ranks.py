@@ -54,9 +54,9 @@ def launch_ranks(command: Sequence[str], num_ranks: int, node: Node | None = Non
 
     They inherit the environment, torchrun's variables, and OMP_NUM_THREADS (cores by ranks) where it is not set. The
     first signal of SIGTERM, SIGINT, SIGUSR1 and SIGHUP goes to every rank, which saves and ends; one that follows two
-    seconds later or more ends them at once. Returns the exit code for the launcher: 0 when every rank ended with 0, else the code of the rank
-    that failed first (128 + n when signal n ended it), after one line on stderr that names the rank. Code 2, a user's
-    mistake, was told by the rank itself.
+    seconds later or more ends them at once. Returns the exit code for the launcher: 0 when every rank ended with 0,
+    else the code of the rank that failed first (128 + n when signal n ended it), after one line on stderr that names
+    the rank. Code 2, a user's mistake, was told by the rank itself.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     agent = _Agent(command, num_ranks, node)

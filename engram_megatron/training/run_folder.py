@@ -159,7 +159,7 @@ def check_resumable(saved: dict[str, Any], config: RunConfig) -> None:
     """
     before = {key: value for key, value, _ in leaves(from_dict(RunConfig, saved))}
     for key, value, field in leaves(config):
-        if field.metadata == RESUME_FREE or (key in before and before[key] == value):
+        if field.metadata.items() >= RESUME_FREE.items() or (key in before and before[key] == value):
             continue
         # An optional part that was switched on or off since has other keys.
         was = repr(_as_json(before[key])) if key in before else "None"

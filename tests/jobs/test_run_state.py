@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from synthetic_run import beat
 
-from engram_megatron.jobs.queue_state import QueuedJob
 from engram_megatron.jobs.run_state import in_words, state_of
+from engram_megatron.jobs.slurm import QueuedJob
 from engram_megatron.training.heartbeat import Beat
 from engram_megatron.training.run_events import Event
 

@@ -15,7 +15,7 @@ from synthetic_run import NUM_STEPS, beat, write_beats, write_run
 from engram_megatron.errors import UsageError
 from engram_megatron.jobs.events import append_event
 from engram_megatron.jobs.metrics_tail import MEAN_OF_RECORDS, metrics_tail
-from engram_megatron.jobs.queue_state import QueuedJob, queued_jobs
+from engram_megatron.jobs.slurm import QueuedJob, queued_jobs
 from engram_megatron.jobs.status import read_status
 from engram_megatron.jobs.status_text import MOST_EVENTS, WIDTH, status_lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engram_megatron.jobs.events import Event
-from engram_megatron.jobs.supervisor import excluded_nodes, fruitless_tries, over_since_submission
+from engram_megatron.jobs.supervisor import excluded_nodes, fruitless_tries, lost_start, over_since_submission
 
 
 def _events(text: str) -> list[Event]:
@@ -57,3 +57,20 @@ def test_nodes_that_preflights_found_bad_are_excluded_until_the_next_submission(
     assert excluded_nodes(found, "") == "n3,n4"
     assert excluded_nodes(found, "n[7-9]") == "n[7-9],n3,n4"
     assert excluded_nodes([*found, *_events("submitted")], "") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lost"),
+    [
+        ("submitted", False),
+        ("submitted allocated", True),
+        ("submitted allocated preflight started:0", True),
+        ("submitted allocated preflight started:0 hang", True),
+        ("submitted allocated preflight started:0 ended requeued", False),
+        ("submitted allocated preflight started:0 finished", False),
+    ],
+)
+def test_job_that_ended_without_a_word_was_lost(text: str, is_lost: bool) -> None:
+    lost = lost_start(_events(text))
+    assert (lost is not None) == is_lost
+    assert lost is None or lost.kind == "allocated", "the event that names its nodes"

@@ -1,0 +1,65 @@
+"""Jobs that cannot come to a good end: a rank that hangs, a run that always fails, what cannot be queued at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_runs import Cluster, Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+OPTIONS = ("training.num_steps=120", "checkpoint.every_steps=20")
+JOB = ("--ranks-per-node=1", "--time=1:00:00", "--memory=100", "--hang-s=30")
+
+
+@pytest.fixture
+def run(slurm_cluster: Cluster, tmp_path: Path) -> Iterator[Run]:
+    run = Run(slurm_cluster, tmp_path / "run")
+    yield run
+    slurm_cluster.attempt("scancel", "--me")
+
+
+def test_hang_leaves_stacks_that_name_the_stopped_rank(run: Run, tiny_corpus: Path) -> None:
+    run.submit(tiny_corpus, *OPTIONS, *JOB)
+    run.wait_for_step(10)
+    os.kill(run.rank(1).pid, signal.SIGSTOP)
+    stacks = Path(run.wait_for_event("hang").fields["stacks"])
+    assert "stopped" in (stacks / "rank_00001.txt").read_text().splitlines()[0]
+    assert "training/run.py" in (stacks / "rank_00000.txt").read_text()
+
+
+def test_run_that_always_fails_gives_up_with_the_reason(slurm_cluster: Cluster, run: Run, tiny_corpus: Path) -> None:
+    wrong = ("optimizer.learning_rate=1e30", "optimizer.warmup_steps=1", "training.num_steps=20")
+    run.submit(tiny_corpus, *wrong, *JOB, "--retries=2", "--chain=2")
+    reason = run.wait_for_event("gave_up").fields["reason"]
+    assert reason.startswith("2 tries in a row came no further than step 0")
+    assert all("is nan" in event.fields["reason"] for event in run.events("ended")), run.told()
+    status = json.loads(slurm_cluster.command(sys.executable, "slurm/status.py", str(run.path), "--json"))
+    assert "gave up" in json.dumps(status)
+
+
+def test_what_cannot_be_queued_is_told_in_a_line(run: Run, tiny_corpus: Path) -> None:
+    for words, told in (
+        (("--partition=none",), "invalid partition specified: none"),
+        (("--time=1h",), "--time '1h' is no time of Slurm's"),
+        (("parallel.tensor=3",), "world size 2 is not divisible by tensor"),
+        (("data.corpus=/nowhere",), "/nowhere"),
+        (("modle.num_layers=2",), "did you mean"),
+        (("--apptainer-image=/nowhere.sif",), "/nowhere.sif does not exist"),
+    ):
+        line = run.try_to_submit(tiny_corpus, "--ranks-per-node=1", *words, code=2)
+        assert line.startswith("error: "), line
+        assert told in line
+        assert line.count("\n") == 1
+        assert not (run.path / "job/001").exists()
+
+
+def test_run_that_is_queued_is_not_submitted_again(run: Run, tiny_corpus: Path) -> None:
+    run.submit(tiny_corpus, *OPTIONS, *JOB, "--sbatch=--hold")
+    assert "is queued or runs already as job" in run.try_to_submit(tiny_corpus, *OPTIONS, *JOB, code=2)
