@@ -54,13 +54,14 @@ def tiny_config(corpus: Path, run_dir: Path, *overrides: str) -> RunConfig:
 
 class Start(NamedTuple):
     """One start of a run. `stop_after`: ask for a stop in this many steps. `max_file_bytes`: a disk that fills up.
-    `output`: a file for what the first rank prints."""
+    `output`: a file for what the first rank prints. `threads`: of each rank."""
 
     config: RunConfig
     resume: bool = False
     stop_after: int | None = None
     max_file_bytes: int | None = None
     output: Path | None = None
+    threads: int = 1
 
 
 def run_starts(starts: Sequence[Start], world_size: int = 2) -> list[list[Any]]:
@@ -81,12 +82,12 @@ def _train_each(rank: int, _world_size: int, starts: list[Start], ports: list[in
     from engram_megatron.training.checkpoint_writer import CheckpointWriter
     from engram_megatron.training.run import train
 
-    platform.limit_threads(1)
     results: list[Any] = []
     dist.destroy_process_group()
     write = CheckpointWriter._write
     for start, port in zip(starts, ports, strict=False):
         os.environ["MASTER_PORT"] = str(port)
+        platform.limit_threads(start.threads)
         CheckpointWriter._write = _within(start.max_file_bytes, write)  # type: ignore[method-assign]
         try:
             with contextlib.ExitStack() as stack:

@@ -25,9 +25,11 @@ START_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class MachineStart:
-    """What `machine_main.py` is told. `disk` is the folder that the machine sees at the path `scratch`."""
+    """What `machine_main.py` is told. `cores`: where its processes may run. `disk` is the folder that the machine
+    sees at the path `scratch`."""
 
     isolated: bool
+    cores: Sequence[int]
     hostname: str
     shm_mib: int | None
     hosts_file: str
@@ -38,7 +40,7 @@ class MachineStart:
 
 def start_controller(settings: ClusterSettings) -> None:
     """Switch on the machine of slurmctld, to whose bridge all others are joined."""
-    pid, go = _start(settings, CONTROLLER, None, ["slurmctld", "-D"])
+    pid, go = _start(settings, CONTROLLER, None, sorted(os.sched_getaffinity(0)), ["slurmctld", "-D"])
     with go:
         if settings.isolated:
             network.make_bridge(settings, pid)
@@ -47,13 +49,18 @@ def start_controller(settings: ClusterSettings) -> None:
 
 def start_node(settings: ClusterSettings, node: Node, *, rebooted: bool = False) -> None:
     """Switch on a node. `rebooted`: its slurmd says that the node was off, so its jobs are gone."""
-    pid, go = _start(
-        settings, node.name, node.shm_mib, ["slurmd", "-D", "-N", node.name, *(["-b"] if rebooted else [])]
-    )
+    daemon = ["slurmd", "-D", "-N", node.name, *(["-b"] if rebooted else [])]
+    pid, go = _start(settings, node.name, node.shm_mib, cores_of(settings, node), daemon)
     with go:
         if settings.isolated:
             network.join_bridge(settings, node, pid, _pid_inside(settings, CONTROLLER))
         go.write(b"go\n")
+
+
+def cores_of(settings: ClusterSettings, node: Node) -> list[int]:
+    """As many of this machine's cores as the node claims, or all of fewer; nodes share them in turn."""
+    cores, number = sorted(os.sched_getaffinity(0)), settings.nodes.index(node) * settings.cpus_per_node
+    return sorted({cores[(number + cpu) % len(cores)] for cpu in range(settings.cpus_per_node)})
 
 
 def power_off(settings: ClusterSettings, name: str) -> None:
@@ -98,13 +105,15 @@ def daemon_environment(settings: ClusterSettings) -> dict[str, str]:
     return {"PATH": search_path(), "SLURM_CONF": str(settings.slurm_conf), "LANG": "C.UTF-8"}
 
 
-def _start(settings: ClusterSettings, name: str, shm_mib: int | None, daemon: Sequence[str]) -> tuple[int, IO[bytes]]:
+def _start(
+    settings: ClusterSettings, name: str, shm_mib: int | None, cores: Sequence[int], daemon: Sequence[str]
+) -> tuple[int, IO[bytes]]:
     """A machine that waits for its network, then for a line: its first process's id, and where to write the line."""
     disk = settings.folder / "disks" / name
     disk.mkdir(mode=0o1777, parents=True, exist_ok=True)
     hostname = settings.controller_host if name == CONTROLLER else name
     hosts = str(settings.hosts_file)
-    told = MachineStart(settings.isolated, hostname, shm_mib, hosts, str(disk), str(settings.scratch), daemon)
+    told = MachineStart(settings.isolated, cores, hostname, shm_mib, hosts, str(disk), str(settings.scratch), daemon)
     main = [sys.executable, "-I", "-S", str(Path(__file__).with_name("machine_main.py")), json.dumps(asdict(told))]
     keeper, go = processes.start(
         [*(UNSHARE if settings.isolated else ()), *main],

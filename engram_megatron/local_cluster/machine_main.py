@@ -34,6 +34,7 @@ def isolate(fields: dict[str, Any]) -> None:
 
 def main() -> None:
     fields = json.loads(sys.argv[1])
+    os.sched_setaffinity(0, fields["cores"])
     if fields["isolated"]:
         isolate(fields)
     else:

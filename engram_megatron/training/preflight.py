@@ -1,7 +1,7 @@
 """Everything that can be refused before a rank starts work: config, layout, corpus, run folder, checkpoints.
 
 `launch/train.py` calls it in the process that the user started, so that a mistake costs a second and one line.
-Nothing here makes a process group or imports megatron-core, nor writes to disk, but to set a damaged checkpoint aside.
+Nothing here makes a process group, imports torch, or writes to disk, but to set a damaged checkpoint aside.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engram_checkpoints.train_state import TrainState
-from engram_checkpoints.verify import set_aside_damaged
 from engram_data.corpus import Corpus
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
@@ -50,6 +49,8 @@ def check_start(config: RunConfig, num_ranks: int, *, resume: bool, set_aside: b
         UsageError, CorpusError: the first thing that cannot work, in one line.
     """
     if set_aside and config.run_dir:
+        from engram_checkpoints.verify import set_aside_damaged  # loads torch, which nothing else here needs
+
         folder = RunFolder(config.run_dir)
         folder.check_unlocked()
         folder.check_writable()

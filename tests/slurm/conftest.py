@@ -15,10 +15,10 @@ from engram_megatron.local_cluster import cluster
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[Cluster]:
-    """Four nodes of two CPUs. Skips where none can be."""
+    """Four nodes of a core each: a rank computes in one thread, as it does on one host. Skips where none can be."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path: sockets lie below it
         try:
-            settings = cluster.up(Path(folder) / "c", 4, 2, plain=False)
+            settings = cluster.up(Path(folder) / "c", 4, 1, plain=False)
         except UsageError as error:
             pytest.skip(str(error))
         try:
