@@ -12,6 +12,7 @@ import sys
 # The last agent to end finds the first one's store closed, which torch reports with a stack of C++: that is no fault.
 # Ranks do not inherit it.
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+from engram_megatron.jobs.environment import this_task
 from engram_megatron.training.launch_ranks import Node, launch_ranks
 
 del os.environ["TORCH_CPP_LOG_LEVEL"]
@@ -24,12 +25,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="TRAIN.PY")
     arguments = parser.parse_args()
-    node = Node(
-        number=int(os.environ["SLURM_PROCID"]),
-        num_nodes=int(os.environ["SLURM_STEP_NUM_TASKS"]),
-        address=arguments.address,
-        port=arguments.port,
-    )
+    task = this_task()
+    node = Node(number=task.number, num_nodes=task.num_tasks, address=arguments.address, port=arguments.port)
     return launch_ranks([sys.executable, *arguments.command], arguments.ranks, node)
 
 

@@ -6,6 +6,12 @@ import re
 from pathlib import Path
 
 _ERROR = re.compile(r"^(?:\d+: )?error: (.+)$", re.MULTILINE)  # with srun's label of the task
+# srun's word of a task that a signal ended, which nobody else tells without torchrun's agent; and what comes before srun
+# itself ends the others.
+_TASK = re.compile(
+    r"^srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", re.MULTILINE
+)
+_SRUN_ENDS_OTHERS = "Terminating StepId"
 _KILLED = " was ended by SIG"  # of a rank: others then fail in a collective with it, and may be faster to say so
 
 
@@ -21,12 +27,16 @@ class JobLog:
         self._from = self.path.stat().st_size if self.path.exists() else 0
 
     def first_error(self) -> str | None:
-        """What went wrong since the mark: the first line `error: ...`, without that word, of a rank that was killed,
-        else of any; others are what came of it."""
+        """What went wrong since the mark: of a rank that was killed, else the first line `error: ...`, without that
+        word; others are what came of it."""
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self._from)
-                found = _ERROR.findall(stream.read().decode(errors="replace"))
+                text = stream.read().decode(errors="replace")
         except OSError:
             return None
-        return next((line for line in found if _KILLED in line), next(iter(found), None))
+        found = _ERROR.findall(text)
+        killed = [line for line in found if _KILLED in line]
+        tasks = _TASK.findall(text.partition(_SRUN_ENDS_OTHERS)[0])
+        killed += [f"task {numbers} on {node} was ended by a signal: {how}" for node, numbers, how in tasks]
+        return next(iter([*killed, *found]), None)

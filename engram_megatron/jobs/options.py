@@ -43,6 +43,7 @@ class JobOptions:
     container_image: str = _option("", "image in which ranks run, by pyxis (srun --container-image)")
     container_mounts: str = _option("", "SOURCE:TARGET,... for the container")
     apptainer_image: str = _option("", "image in which ranks run, by apptainer")
+    launcher: str = _option("torchrun", "torchrun: a task per node starts its ranks; srun: a task per rank")
     chain: int = _option(1, "jobs in the queue, one after the other: the next takes over where one is lost")
     signal_s: int = _option(300, "seconds before the time limit at which the run saves and ends")
     retries: int = _option(3, "tries in a row that come no further before the run gives up")
@@ -60,6 +61,7 @@ class JobOptions:
             not self.time or _TIME.fullmatch(self.time) is not None,
             f"--time {self.time!r} is no time of Slurm's: write HOURS:MINUTES:SECONDS or DAYS-HOURS",
         )
+        check(self.launcher in ("torchrun", "srun"), f"--launcher {self.launcher!r} is neither torchrun nor srun")
         for variable in self.environment:
             check(_VARIABLE.fullmatch(variable) is not None, f"--environment {variable!r} is not NAME=VALUE")
         for line in self.sbatch:

@@ -38,13 +38,9 @@ class TrainingStep:
         self.frozen, self.allocation = frozen, allocation
         self.folder = RunFolder(frozen.run_dir)
         self.started = time.time()
-        options = frozen.options
-        ranks = [f"--ranks={options.ranks_on_node}", f"--address={allocation.nodes[0]}"]
-        ranks += [f"--port={allocation.port(number)}", *frozen.train_command()]
-        tasks = ["srun", f"--nodes={len(allocation.nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-        tasks += [f"--wait={_GRACE_S}", "--label" if len(allocation.nodes) > 1 else "--unbuffered"]
-        program = [python, str(frozen.code / "slurm/start_ranks.py"), *ranks]
-        self._process = subprocess.Popen([*tasks, *contained(frozen, program)], start_new_session=True)
+        where = [f"--address={allocation.nodes[0]}", f"--port={allocation.port(number)}"]
+        command = srun_command(frozen, len(allocation.nodes), python, [*where, *frozen.train_command()])
+        self._process = subprocess.Popen(command, start_new_session=True)
 
     def wait(self, wants_stop: Callable[[], bool], on_hang: Callable[[float], None]) -> Ended:
         """Until all ranks have ended. Once `wants_stop`, they are asked to save and end. Where none has made progress
@@ -77,6 +73,24 @@ class TrainingStep:
         if code != 0:
             return Ended(code, False, None)
         return Ended(code, True, told["stopped_by"])
+
+
+def srun_command(frozen: Frozen, num_nodes: int, python: str, arguments: Sequence[str]) -> list[str]:
+    """What starts all ranks: a task per node under torchrun's agent, or a task per rank."""
+    ranks = frozen.options.ranks_on_node
+    command = ["srun", f"--nodes={num_nodes}", "--kill-on-bad-exit=1", f"--wait={_GRACE_S}"]
+    starter = "start_ranks.py"
+    if frozen.options.launcher == "srun":
+        starter = "start_rank.py"
+        # The allocation counts a task per node; ranks share its cores as torchrun's would.
+        command += [f"--ntasks-per-node={ranks}", f"--ntasks={num_nodes * ranks}", "--overcommit", "--cpu-bind=none"]
+    else:
+        command.append("--ntasks-per-node=1")
+    command.append("--label" if num_nodes > 1 or frozen.options.launcher == "srun" else "--unbuffered")
+    return [
+        *command,
+        *contained(frozen, [python, str(frozen.code / "slurm" / starter), f"--ranks={ranks}", *arguments]),
+    ]
 
 
 def contained(frozen: Frozen, program: Sequence[str]) -> list[str]:

@@ -17,3 +17,11 @@ def test_first_error_since_the_mark_is_the_reason(tmp_path: Path) -> None:
     with log.path.open("ab") as stream:
         stream.write(b"0: no error: here\nerror: run_job\xff\n")
     assert log.first_error() == "run_job�"
+
+
+def test_tasks_that_srun_itself_ends_are_not_the_reason(tmp_path: Path) -> None:
+    log = JobLog(tmp_path / "1.log")
+    log.path.write_text("0: error: a peer is gone\nsrun: error: node2: task 1: Killed\nsrun: Terminating StepId=4.1\n")
+    assert log.first_error() == "task 1 on node2 was ended by a signal: Killed"
+    log.path.write_text("0: error: loss is nan\nsrun: Terminating StepId=4.1\nsrun: error: node2: tasks 2-3: Killed\n")
+    assert log.first_error() == "loss is nan"

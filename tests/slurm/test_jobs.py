@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from slurm_runs import Cluster, Run
+from tiny_run import train_losses
+
+from engram_megatron.training.heartbeat import read_heartbeats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -63,3 +66,15 @@ def test_what_cannot_be_queued_is_told_in_a_line(run: Run, tiny_corpus: Path) ->
 def test_run_that_is_queued_is_not_submitted_again(run: Run, tiny_corpus: Path) -> None:
     run.submit(tiny_corpus, *OPTIONS, *JOB, "--sbatch=--hold")
     assert "is queued or runs already as job" in run.try_to_submit(tiny_corpus, *OPTIONS, *JOB, code=2)
+
+
+def test_srun_starts_ranks_without_torchrun(run: Run, tiny_corpus: Path) -> None:
+    words = (*OPTIONS, "tables.ranks_per_node=2", *JOB, "--ranks-per-node=2", "--launcher=srun")
+    run.submit(tiny_corpus, *words)
+    run.wait_for_step(25)
+    run.rank(3).kill()
+    run.wait_until_finished()
+    assert "task 3 on node2 was ended by a signal: Killed" in run.events("ended")[0].fields["reason"]
+    assert [start.fields["step"] for start in run.events("started")] == [0, 20]
+    assert [beat.host for beat in read_heartbeats(run.path)] == ["node1", "node1", "node2", "node2"]
+    assert sorted(train_losses(run.path)) == list(range(1, 121))
