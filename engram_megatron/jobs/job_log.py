@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 _ERROR = re.compile(r"^(?:\d+: )?error: (.+)$", re.MULTILINE)  # with srun's label of the task
-# srun's word of a task that a signal ended, which nobody else tells without torchrun's agent; and what comes before srun
-# itself ends the others.
+# srun's word of a task that a signal ended: nobody else tells it without torchrun's agent. Then srun ends the others.
 _TASK = re.compile(
     r"^srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", re.MULTILINE
 )
