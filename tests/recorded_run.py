@@ -43,8 +43,8 @@ def record(folder: Path, die_in_step: int | None = None) -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """`surviving`: samples by step, of the last time that the step was done; `all`: of every time. A sample that several
-    ranks compute together counts once in a step."""
+    """`surviving`: samples by step, of the last time that the step was done; `all`: of every time. A sample that
+    several ranks compute together counts once in a step."""
 
     surviving: dict[int, list[int]]
     all: set[int]

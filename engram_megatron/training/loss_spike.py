@@ -1,4 +1,5 @@
-"""When a training loss has spiked: the rule of `SpikeConfig`. Every rank has the same losses, and decides the same."""
+"""When a training loss has spiked, by the rule of `SpikeConfig`, and what to go back to. Every rank has the same losses,
+and decides the same."""
 
 from __future__ import annotations
 
@@ -76,3 +77,12 @@ def find_spike(losses: Sequence[float], step: int, config: SpikeConfig) -> Spike
         f"{config.deviations:g} deviations above the median of {config.window_steps} steps, {middle:.4f}"
     )
     return Spike(first_step, step, reason)
+
+
+def checkpoint_before(steps: Sequence[int], spike: Spike, margin_steps: int) -> int | None:
+    """Of `steps`, those of checkpoints, rising: the newest that is `margin_steps` older than the spike, else the oldest
+    that is older at all, else None. Without any checkpoint a run goes on from its start, 0."""
+    before = [step for step in steps if step < spike.first_step]
+    if not before:
+        return None if steps else 0
+    return max((step for step in before if step < spike.first_step - margin_steps), default=before[0])

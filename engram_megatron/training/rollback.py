@@ -18,7 +18,7 @@ from engram_checkpoints.train_state import TrainState
 from engram_data.skipped_samples import Windows, has_read, positions_of, union
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
-from engram_megatron.training.loss_spike import Spike, SpikesNotCuredError
+from engram_megatron.training.loss_spike import Spike, SpikesNotCuredError, checkpoint_before
 from engram_megatron.training.parallel import Ranks
 from engram_megatron.training.rollback_log import SKIPPED_FILE, Rollback, read_rollbacks, rollback_lines, windows_of
 from engram_megatron.training.run_folder import RunFolder, step_of, write_text
@@ -95,15 +95,6 @@ def _roll_back(folder: RunFolder, config: RunConfig, spike: Spike, skipped: Wind
     write_text(folder.path / SKIPPED_FILE, rollback_lines([*done, rollback]))
     _settle(folder)
     return rollback
-
-
-def checkpoint_before(steps: Sequence[int], spike: Spike, margin_steps: int) -> int | None:
-    """Of `steps`, those of checkpoints, rising: the newest that is `margin_steps` older than the spike, else the oldest
-    that is older at all, else None. Without any checkpoint a run goes on from its start, 0."""
-    before = [step for step in steps if step < spike.first_step]
-    if not before:
-        return None if steps else 0
-    return max((step for step in before if step < spike.first_step - margin_steps), default=before[0])
 
 
 def _settle(folder: RunFolder) -> tuple[Windows, bool]:

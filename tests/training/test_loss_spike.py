@@ -1,4 +1,4 @@
-"""Which losses are a spike."""
+"""Which losses are a spike, and which checkpoint a run goes back to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from engram_megatron.config_spikes import SpikeConfig
 from engram_megatron.errors import UsageError
-from engram_megatron.training.loss_spike import LossSpikeError, LossWatch, find_spike
+from engram_megatron.training.loss_spike import LossSpikeError, LossWatch, Spike, checkpoint_before, find_spike
 
 CONFIG = SpikeConfig(max_rollbacks=1, window_steps=32, deviations=6.0, steps_in_a_row=3)
 
@@ -80,3 +80,17 @@ def test_policy_without_a_checkpoint_to_go_back_to_is_refused() -> None:
         SpikeConfig(max_rollbacks=1).validate(10, 3)
     with pytest.raises(UsageError, match=r"checkpoint.every_steps"):
         SpikeConfig(max_rollbacks=1).validate(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([100, 200, 300, 400], 200),
+        ([100, 299, 300, 400], 299),  # its margin is just there: steps 300 to 399 lie between
+        ([320, 340, 400], 320),  # none is as old as the margin: the oldest
+        ([400, 420], None),  # all have seen the spike
+        ([], 0),
+    ],
+)
+def test_newest_checkpoint_from_before_the_margin_is_taken(steps: list[int], expected: int | None) -> None:
+    assert checkpoint_before(steps, Spike(400, 405, ""), margin_steps=100) == expected

@@ -14,6 +14,7 @@ from recorded_run import read_records, record
 from spiky_corpus import build_spiky_corpus, samples_by_content
 from tiny_run import Start, run_starts, tables, tiny_config, train_losses
 
+from engram_checkpoints.train_state import TrainState
 from engram_megatron.training.rollback_log import read_rollbacks
 
 SAMPLES, STEPS = 96, 20  # all of the corpus but four batches of four that are skipped: one epoch
@@ -63,13 +64,18 @@ def test_spike_ends_a_run_with_a_line_and_sets_later_checkpoints_aside(
 def test_resume_skips_the_window_and_is_the_run_that_never_read_it(
     rolled_back: tuple[Path, dict[int, float], list[Any]], corpus: Path, tmp_path: Path
 ) -> None:
+    """In `resumed`, a kill came before the later checkpoint was set aside; `straight` has the log from its start on."""
     run_dir, losses, _ = rolled_back
     for name in ("resumed", "straight"):
         shutil.copytree(run_dir, tmp_path / name)
+    aside, place = (f"resumed/checkpoints/{name}" for name in ("rolled_back_001/step_00000012", "step_00000012"))
+    (tmp_path / aside).rename(tmp_path / place)
+    (tmp_path / aside).parent.rmdir()
     shutil.rmtree(tmp_path / "straight/checkpoints")
     starts = [Start(tiny_config(corpus, tmp_path / name, *RUN), resume=True) for name in ("resumed", "straight")]
     summaries = run_starts(starts)[0]
     assert [summary.step for summary in summaries] == [STEPS, STEPS], summaries
+    assert (tmp_path / aside).is_dir()
     found = train_losses(tmp_path / "resumed")
     assert list(found) == list(range(1, STEPS + 1)), "one curve"
     assert {step: found[step] for step in range(1, 12)} == {step: losses[step] for step in range(1, 12)}
@@ -78,6 +84,37 @@ def test_resume_skips_the_window_and_is_the_run_that_never_read_it(
     ours, theirs = (tables(summary.checkpoint) for summary in summaries)
     for name, values in theirs.items():
         np.testing.assert_array_equal(ours[name], values, err_msg=name)
+    for summary in summaries:
+        state = TrainState.read(summary.checkpoint)
+        assert state.skipped_samples == [[44, 60]]
+        assert state.recent_losses == [found[step] for step in range(11, STEPS + 1)]
+
+
+def test_saves_on_the_nodes_that_have_read_what_is_skipped_are_not_taken(corpus: Path, tmp_path: Path) -> None:
+    local = (f"checkpoint.local_dir={tmp_path}/local", "checkpoint.local_every_steps=1", "tables.ranks_per_node=1")
+    config = tiny_config(corpus, tmp_path / "run", *RUN, *local, "checkpoint.asynchronous=false")
+    outcomes = run_starts([Start(config)])[0]
+    assert outcomes[0][0] == "RolledBackError"
+    saves = sorted(path.name.partition("-")[0] for path in tmp_path.glob("local/*/step_*"))
+    assert saves == ["step_00000013", "step_00000014"]
+    (summary,) = run_starts([Start(config, resume=True, output=tmp_path / "output.txt")])[0]
+    assert summary.step == STEPS, summary
+    assert "no whole snapshot on the nodes' disks is newer" in (tmp_path / "output.txt").read_text()
+    assert list(train_losses(tmp_path / "run")) == list(range(1, STEPS + 1))
+
+
+def test_loss_that_is_never_finite_is_given_up(corpus: Path, tmp_path: Path) -> None:
+    wrong = ("optimizer.learning_rate=1e30", "optimizer.warmup_steps=1", *RUN)
+    config = tiny_config(corpus, tmp_path / "run", *wrong)
+    (kind, told), (last_kind, last_told) = run_starts([Start(config), Start(config, resume=True)])[0]
+    assert kind == "RolledBackError"
+    assert "rolled back to step 0, " in told
+    assert "is nan" in told
+    assert last_kind == "SpikesNotCuredError"
+    assert "is nan" in last_told
+    assert "has rolled back 1 times already" in last_told
+    assert "raise spikes.max_rollbacks = 1 and continue with --resume" in last_told
+    assert len(read_rollbacks(tmp_path / "run")) == 1
 
 
 def test_each_sample_is_trained_once_over_crashes_and_layouts_but_for_those_that_are_skipped(
