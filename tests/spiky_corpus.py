@@ -16,8 +16,8 @@ SEED, LENGTH, BATCH = 1234, 64, 4  # of engram_tiny as `tiny_run.TINY` has it
 
 
 def build_spiky_corpus(source: Path, out: Path, num_samples: int, spiky_steps: Collection[int]) -> Path:
-    """Corpus `out` of the first `num_samples` samples of `source`, with common words (ids in the lower half) in place of
-    rare ones; but for the batches of `spiky_steps` (0-based), which hold rare words only."""
+    """Corpus `out` of the first `num_samples` samples of `source`, with common words (ids in the lower half) for rare
+    ones; but for the batches of `spiky_steps` (0-based), which hold rare words only."""
     corpus = Corpus.open(source, "train")
     chance = np.random.default_rng(7)
     half = corpus.tokenizer.vocab_size // 2

@@ -1,5 +1,5 @@
-"""When a training loss has spiked, by the rule of `SpikeConfig`, and what to go back to. Every rank has the same losses,
-and decides the same."""
+"""When a training loss has spiked, by the rule of `SpikeConfig`, and what to go back to. All ranks have the same losses
+and decide the same."""
 
 from __future__ import annotations
 

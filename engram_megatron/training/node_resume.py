@@ -112,7 +112,7 @@ class _Publication:
         try:
             return has_read_any(TrainState.read(part.path), self.skipped)
         except UsageError:
-            return True  # damaged: nobody knows
+            return False  # its copy tells, or who copies it
 
     def _publish(self, save: str, held: Sequence[Held]) -> bool:
         """Whether the parts that are `held` have become a checkpoint. A damaged one is replaced by its copy."""
