@@ -85,7 +85,8 @@ def _leave_together(rank: str, error: Exception, code: int) -> NoReturn:
     """Leave with one line, told by rank 0 if it failed too; another rank speaks where rank 0 did not fail."""
     line = " ".join(str(error).split())
     if rank != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word that rank 0 has spoken
+        # The launcher's word, or srun's on another node, that rank 0 has spoken: the code stays that of all ranks.
+        signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(code))
         time.sleep(SECONDS_FOR_RANK_0)
         line = f"rank {rank} on {socket.gethostname()}: {line}"
     _leave(f"error: {line}", code)

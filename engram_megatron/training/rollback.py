@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engram_checkpoints.checkpoint_files import sync_files
 from engram_checkpoints.rolled_back import rolled_back_folder, set_aside_in
 from engram_checkpoints.train_state import TrainState
 from engram_data.skipped_samples import Windows, has_read, positions_of, union
@@ -93,6 +94,7 @@ def _roll_back(folder: RunFolder, config: RunConfig, spike: Spike, skipped: Wind
         stop_sample=int(last) + 1,
     )
     write_text(folder.path / SKIPPED_FILE, rollback_lines([*done, rollback]))
+    sync_files(folder.path, ["."])  # the line is on disk before anything is moved
     _settle(folder)
     return rollback
 
