@@ -13,6 +13,7 @@ from typing import Literal
 
 from engram_megatron.config_fields import DType, check, free, path
 from engram_megatron.config_optimizer import OptimizerConfig
+from engram_megatron.config_spikes import SpikeConfig
 from engram_megatron.config_tables import TablesConfig
 
 RecomputedModule = Literal["attention", "core_attention", "feed_forward", "mhc", "engram"]
@@ -353,6 +354,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     training: TrainingConfig = TrainingConfig()
+    spikes: SpikeConfig = SpikeConfig()
 
     def validate(self) -> None:
         """Raise `UsageError` for the first thing that cannot work on any machine."""
@@ -365,6 +367,7 @@ class RunConfig:
         self.data.validate()
         self.checkpoint.validate()
         self.training.validate()
+        self.spikes.validate(self.checkpoint.every_steps, self.checkpoint.keep_last)
         absent = {"mhc": self.model.mhc.num_streams == 1, "engram": self.engram is None}
         for module in self.training.recompute_modules:
             check(

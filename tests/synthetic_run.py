@@ -12,6 +12,7 @@ from engram_checkpoints.checkpoint_files import COMPLETE
 from engram_megatron.overrides import to_dict
 from engram_megatron.presets import preset
 from engram_megatron.training.heartbeat import Beat, beat_file
+from engram_megatron.training.rollback_log import Rollback
 from engram_megatron.training.run_folder import RunFolder, write_json
 
 NUM_STEPS, RANKS_PER_HOST = 50_000, 8
@@ -36,6 +37,20 @@ def beat(rank: int, **changes: Any) -> Beat:
         device_bytes=0,
     )
     return replace(found, **changes)
+
+
+def rollback(step: int) -> Rollback:
+    """After a spike in `step`."""
+    return Rollback(
+        time=1790000000.0,
+        step=step,
+        reason=f"loss 9.1 in step {step}",
+        checkpoint_step=step // 1000 * 1000,
+        window_step=step - 105,
+        batches=200,
+        first_sample=(step - 105) * 1280,
+        stop_sample=(step + 95) * 1280,
+    )
 
 
 def write_beats(run_dir: Path, beats: list[Beat]) -> None:

@@ -54,14 +54,14 @@ def tiny_config(corpus: Path, run_dir: Path, *overrides: str) -> RunConfig:
 
 class Start(NamedTuple):
     """One start of a run. `stop_after`: ask for a stop in this many steps. `max_file_bytes`: a disk that fills up.
-    `output`: a file for what the first rank prints. `threads`: of each rank."""
+    `output`: a file for what the first rank prints. `before`: called on every rank first, which it may change."""
 
     config: RunConfig
     resume: bool = False
     stop_after: int | None = None
     max_file_bytes: int | None = None
     output: Path | None = None
-    threads: int = 1
+    before: Callable[[], None] | None = None
 
 
 def run_starts(starts: Sequence[Start], world_size: int = 2) -> list[list[Any]]:
@@ -87,8 +87,10 @@ def _train_each(rank: int, _world_size: int, starts: list[Start], ports: list[in
     write = CheckpointWriter._write
     for start, port in zip(starts, ports, strict=False):
         os.environ["MASTER_PORT"] = str(port)
-        platform.limit_threads(start.threads)
+        platform.limit_threads(1)
         CheckpointWriter._write = _within(start.max_file_bytes, write)  # type: ignore[method-assign]
+        if start.before is not None:
+            start.before()
         try:
             with contextlib.ExitStack() as stack:
                 if start.output is not None and rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ class TrainState:
     tokenizer_sha256: str
     hash_identity: dict[str, Any] | None
     config: dict[str, Any]
+    skipped_samples: list[list[int]] = field(
+        default_factory=list
+    )  # windows of the order: `engram_data.skipped_samples`
+    recent_losses: list[float] = field(default_factory=list)  # that a spike of the loss is told by, oldest first
     format: int = FORMAT
 
     @classmethod

@@ -10,6 +10,7 @@ from engram_data.batch import Batch, make_batch
 from engram_data.corpus import Corpus
 from engram_data.errors import CorpusError
 from engram_data.order import num_samples, samples_of
+from engram_data.skipped_samples import Windows, positions_of
 
 
 class TokenStream:
@@ -17,7 +18,8 @@ class TokenStream:
 
     Microbatch m of rank r holds samples m * micro_batch_size * data_ranks + r * micro_batch_size + 0.. of the global
     batch (Megatron's order). So the global batch of a step is the same for any number of ranks and any microbatch
-    size, and the step alone is the state of the stream: to resume, ask for another step.
+    size, and the step and the windows that the run leaves out are the state of the stream: to resume, ask for another
+    step.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class TokenStream:
         data_ranks: int,
         seed: int,
         separate_documents: bool = True,
+        skipped: Windows = (),
     ) -> None:
-        """Sizes in tokens and sequences. `separate_documents`: see `Batch`. Raises `CorpusError` where the corpus is
-        shorter than one sample or the global batch does not divide."""
+        """Sizes in tokens and sequences. `separate_documents`: see `Batch`. `skipped`: see `skipped_samples`. Raises
+        `CorpusError` where the corpus is shorter than one sample or the global batch does not divide."""
         assert 0 <= data_rank < data_ranks, (data_rank, data_ranks)
         per_pass = micro_batch_size * data_ranks
         if global_batch_size % per_pass:
@@ -50,7 +53,7 @@ class TokenStream:
         self._corpus, self._sequence_length, self._seed = corpus, sequence_length, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._num_microbatches = global_batch_size // per_pass
-        self._separate_documents = separate_documents
+        self._separate_documents, self._skipped = separate_documents, skipped
         self._group_size = max(1, corpus.chunk_tokens // sequence_length)  # windows of one chunk
         microbatch = np.arange(self._num_microbatches)[:, None] * per_pass
         self._places_MB = microbatch + data_rank * micro_batch_size + np.arange(micro_batch_size)
@@ -58,7 +61,7 @@ class TokenStream:
     def samples(self, step: int) -> list[list[int]]:
         """Sample indices that this rank reads in `step` (0-based), per microbatch."""
         assert step >= 0, step
-        positions = step * self._global_batch_size + self._places_MB
+        positions = positions_of(step * self._global_batch_size + self._places_MB, self._skipped)
         samples = samples_of(self._seed, positions.reshape(-1), self.num_samples, self._group_size)
         return [[int(sample) for sample in row] for row in samples.reshape(self._places_MB.shape)]
 

@@ -21,6 +21,7 @@ from engram_megatron.jobs.metrics_tail import MetricsTail, metrics_tail
 from engram_megatron.jobs.run_state import State, silent_after, state_of
 from engram_megatron.jobs.slurm import queued_jobs
 from engram_megatron.training.heartbeat import Beat, read_heartbeats
+from engram_megatron.training.rollback_log import Rollback, read_rollbacks
 
 SLOW = 1.15  # times the median of all ranks' compute makes a straggler
 MOST_STRAGGLERS = 3
@@ -71,6 +72,7 @@ class RunStatus:
     starts: list[Event]
     bad_nodes: list[str]
     events: list[Event]
+    rollbacks: list[Rollback]
     ranks: int
     seen_s_ago: float | None  # any of them
     stragglers: list[Straggler]
@@ -121,6 +123,7 @@ def read_status(run_dir: Path) -> RunStatus:
         starts=[event for event in events if event.kind == "started"],
         bad_nodes=sorted({name for event in events for name in event.fields.get("bad_nodes", {})}),
         events=events,
+        rollbacks=read_rollbacks(run_dir),
         ranks=len(beats),
         seen_s_ago=now - max(beat.time for beat in beats) if beats else None,
         stragglers=stragglers(beats, now, beat_every_s) if state.name in ("running", "hanging") else [],

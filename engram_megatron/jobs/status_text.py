@@ -57,6 +57,10 @@ def _checkpoint_lines(status: RunStatus) -> Iterator[str]:
         if status.seconds_per_step and status.state.name == "running":
             following += f" in about {in_words((status.next_checkpoint - status.step) * status.seconds_per_step)}"
     yield f"checkpoints  {newest}{following}"
+    if status.rollbacks:
+        last, times = status.rollbacks[-1], len(status.rollbacks)
+        told = f"the last of {times}: " if times > 1 else ""
+        yield _short(f"rollbacks    {told}{last.details}")
 
 
 def _rank_lines(status: RunStatus) -> Iterator[str]:
@@ -94,8 +98,11 @@ def _history_lines(status: RunStatus) -> Iterator[str]:
     shown = status.events[-MOST_EVENTS:]
     yield f"events       the last {len(shown)} of {len(status.events)}"
     for event in shown:
-        line = f"  {_when(event)}  {event.job:<8} {event.kind.replace('_', ' '):<10} {event.details}"
-        yield line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+        yield _short(f"  {_when(event)}  {event.job:<8} {event.kind.replace('_', ' '):<10} {event.details}")
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
 
 
 def _when(event: Event) -> str:

@@ -6,6 +6,7 @@
     asked to by the file STOP              the job ends; the run goes on when it is submitted again
     by a signal: time limit, preemption    back into the queue
     a rank failed, or all hang             another try in this allocation, from the newest checkpoint
+    the loss spiked, the run rolled back   another try in this allocation, from the checkpoint before the spike
     a user's mistake                       gave up
     the preflight found bad nodes          the job ends, and another one is queued that excludes them
     `retries` tries that came no further   gave up: this and later jobs of the submission end at once
@@ -32,6 +33,7 @@ from engram_megatron.jobs.job_log import JobLog
 from engram_megatron.jobs.training_step import Ended, TrainingStep, newest_step
 from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import preset
+from engram_megatron.training.rollback_log import as_fields, read_rollbacks
 
 _STACKS_S = 120.0
 _WITH_JOB = ("allocated", "preflight", "started", "hang")  # events that a job lives to follow by another
@@ -48,6 +50,7 @@ class Supervisor:
     signals: list[str] = field(default_factory=list)  # that Slurm has sent to this process
 
     def __post_init__(self) -> None:
+        self._told_rollbacks = len(read_rollbacks(self.frozen.run_dir))
         self._log = JobLog(self.frozen.run_dir / "logs" / f"{self.allocation.job_id}.log")
 
     def run(self) -> int:
@@ -134,6 +137,9 @@ class Supervisor:
                 return self._requeue(why)
             self._event("stopped", step=step)
             return 0
+        for rollback in read_rollbacks(self.run_dir)[self._told_rollbacks :]:
+            self._told_rollbacks += 1
+            self._event("loss_spike", **as_fields(rollback))
         if ended.hung_s is not None:
             reason = f"no progress for {ended.hung_s:.0f} s"
         else:
@@ -214,7 +220,7 @@ def fruitless_tries(events: list[Event], step: int) -> int:
     for event in reversed(events):
         if event.kind == "submitted" or (event.kind == "started" and event.fields["step"] != step):
             break
-        if event.kind == "requeued":
+        if event.kind in ("requeued", "loss_spike"):
             ended_in_order = True
         if event.kind == "started":
             count += 0 if ended_in_order else 1

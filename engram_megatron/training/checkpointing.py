@@ -3,11 +3,12 @@
     step_00000100/
       backbone/          megatron-core distributed checkpoint: weights, optimizer state, router biases
       tables.zarr/       rows and their Adam moments (absent without Engram)
-      train_state.json   step, tokens seen, corpus fingerprint, hash identity, the full config
+      train_state.json   step, tokens seen, skipped samples, corpus fingerprint, hash identity, the full config
       manifest.json      size and CRC-32C of every file
       COMPLETE           written last; a folder without it does not exist for a resume
 
-The data order is a pure function of the step and the model has no dropout, so nothing else is state.
+The data order is a pure function of the step and of what is skipped, and the model has no dropout, so nothing else is
+state.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from engram_checkpoints.table_snapshot import TableSnapshot
 from engram_checkpoints.tables import load_shard
 from engram_checkpoints.train_state import TrainState
 from engram_data.corpus import Corpus
+from engram_data.skipped_samples import Windows
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.optimizer.backbone import BackboneOptimizer
@@ -39,6 +41,16 @@ from engram_megatron.training.parallel import Ranks, sum_over_ranks
 from engram_megatron.training.run_folder import RunFolder
 from engram_megatron.training.save_target import RunCheckpoint, SaveTarget
 from engram_megatron.training.train_state import advice_on_damage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is, beside its weights and tables. `skipped`: what it leaves out, before and after this step."""
+
+    step: int  # updates done
+    tokens_seen: int
+    skipped: Windows
+    recent_losses: Sequence[float]  # for `LossWatch`
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +66,14 @@ class Checkpointer:
     corpus: Corpus
     writer: CheckpointWriter
 
-    def save(self, step: int, tokens_seen: int) -> None:
+    def save(self, progress: Progress) -> None:
         """`save_to` the run's folder, all of it or what has changed since an earlier one."""
-        path = self.folder.checkpoint(step)
+        path = self.folder.checkpoint(progress.step)
         target = RunCheckpoint(path, self.ranks, lambda: self.folder.remove_old_checkpoints(self.config.checkpoint))
-        self.save_to(target, step, tokens_seen, may_be_delta=True)
+        self.save_to(target, progress, may_be_delta=True)
 
-    def save_to(self, target: SaveTarget, step: int, tokens_seen: int, *, may_be_delta: bool) -> None:
-        """Write the checkpoint of `step` as everything stands now, while training goes on, or without
+    def save_to(self, target: SaveTarget, progress: Progress, *, may_be_delta: bool) -> None:
+        """Write the checkpoint of `progress` as everything stands now, while training goes on, or without
         `checkpoint.asynchronous` wait for it. A checkpoint in flight is waited for first.
 
         Raises:
@@ -76,7 +88,7 @@ class Checkpointer:
         snapshot = Snapshot(
             started=started,
             target=target,
-            state=self._state(step, tokens_seen),
+            state=self._state(progress),
             backbone=BackboneSnapshot(self.chunks, self.optimizer),
             tables=None if memory is None else self._table_snapshot(memory, may_be_delta),
         )
@@ -145,13 +157,15 @@ class Checkpointer:
             if found is not None:
                 raise UsageError(found)
 
-    def _state(self, step: int, tokens_seen: int) -> TrainState:
+    def _state(self, progress: Progress) -> TrainState:
         return TrainState(
-            step=step,
-            tokens_seen=tokens_seen,
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
             world_size=self.ranks.world_size,
             corpus_fingerprint=self.corpus.fingerprint,
             tokenizer_sha256=self.corpus.tokenizer.sha256,
             hash_identity=None if self.memory is None else self.memory.hasher.identity(),
             config=to_dict(self.config),
+            skipped_samples=[list(window) for window in progress.skipped],
+            recent_losses=list(progress.recent_losses),
         )

@@ -23,9 +23,11 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from engram_megatron.training.loss_spike import EXIT_ROLLED_BACK
 from engram_megatron.training.stop_signal import FirstSignal
 
 EXIT_USAGE = 2
+_TOLD = (EXIT_USAGE, EXIT_ROLLED_BACK)  # the rank itself has said what is to be said
 SHOWN_FAILURES = 4
 MEET_S = 300  # for all nodes to come
 # What each signal to the launcher becomes for the ranks: the hang-up of a terminal is a stop like another.
@@ -56,7 +58,7 @@ def launch_ranks(command: Sequence[str], num_ranks: int, node: Node | None = Non
     first signal of SIGTERM, SIGINT, SIGUSR1 and SIGHUP goes to every rank, which saves and ends; one that follows two
     seconds later or more ends them at once. Returns the exit code for the launcher: 0 when every rank ended with 0,
     else the code of the rank that failed first (128 + n when signal n ended it), after one line on stderr that names
-    the rank. Code 2, a user's mistake, was told by the rank itself.
+    the rank. Code 2, a user's mistake, and 3, a rollback, were told by the rank itself.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     agent = _Agent(command, num_ranks, node)
@@ -72,7 +74,7 @@ def launch_ranks(command: Sequence[str], num_ranks: int, node: Node | None = Non
     code = failures[0][1].exitcode
     if came and code < 0:
         print(f"error: ended by {failures[0][1].signal_name()} without saving", file=sys.stderr)
-    elif code != EXIT_USAGE:
+    elif code not in _TOLD:
         told = "; ".join(_in_words(rank, failure) for rank, failure in failures[:SHOWN_FAILURES])
         print(f"error: {told}; all ranks of this host were ended", file=sys.stderr)
     return code if code >= 0 else 128 - code

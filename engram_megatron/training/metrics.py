@@ -18,6 +18,7 @@ from engram_megatron.training.board import (
     dashboard,
     events_text,
 )
+from engram_megatron.training.rollback_log import read_rollbacks, rollbacks_text
 from engram_megatron.training.run_events import read_events
 from engram_megatron.training.run_folder import RunFolder
 
@@ -38,7 +39,7 @@ class MetricsLog:
         self.lines = folder.metrics_file.open("a", buffering=1)
         self.board = SummaryWriter(str(folder.tensorboard), purge_step=first_step + 1)
         self.folder = folder
-        self._tell_events(first_step)
+        self._tell_history(first_step)
 
     def describe(self, config: RunConfig, num_ranks: int) -> None:
         """Show in TensorBoard what runs: the config, what people compare it by, and the curves to look at first."""
@@ -72,7 +73,7 @@ class MetricsLog:
         self.output.flush()
 
     def close(self) -> None:
-        self._tell_events(self.last_step)
+        self._tell_history(self.last_step)
         self.board.close()
         self.lines.close()
 
@@ -83,10 +84,13 @@ class MetricsLog:
         for tag, value in values.items():
             self.board.add_scalar(tag, value, step)
 
-    def _tell_events(self, step: int) -> None:
+    def _tell_history(self, step: int) -> None:
         events = read_events(self.folder.path)
         if events:
             self.board.add_text("events", events_text(events), step)
+        rollbacks = read_rollbacks(self.folder.path)
+        if rollbacks:
+            self.board.add_text("rollbacks", rollbacks_text(rollbacks), step)
 
     def _eta(self, step: int) -> float:
         done = step - self.first_step

@@ -19,21 +19,25 @@ import torch.distributed as dist
 
 from engram_checkpoints.checkpoint_files import FileSums, complete, read_manifest
 from engram_checkpoints.node_snapshots import Part, complete_parts, copy_files, step_of
+from engram_checkpoints.train_state import TRAIN_STATE, TrainState
+from engram_data.skipped_samples import Windows
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.gather.topology import Topology, find_topology
 from engram_megatron.training.node_snapshots import local_folder
 from engram_megatron.training.parallel import Ranks
+from engram_megatron.training.rollback import has_read_any
 from engram_megatron.training.run_folder import RunFolder
 from engram_megatron.training.save_target import free_space, make_empty, merged
 from engram_megatron.training.together import Together, last_line
 
 
-def publish_newest(config: RunConfig, run: RunFolder, ranks: Ranks) -> str | None:
+def publish_newest(config: RunConfig, run: RunFolder, ranks: Ranks, skipped: Windows) -> str | None:
     """Make the newest save on the nodes' disks the newest checkpoint of `run`, whose lock is held from then on. All
     ranks call it; the first one prints what happens.
 
     Returns that save; None where none that is newer than the run's newest checkpoint is whole, or none is asked for.
+    One that has read samples of `skipped`, which a rollback leaves out, does not count.
     Raises `UsageError` on all ranks where the run folder cannot be written.
     """
     if not config.checkpoint.local_dir:
@@ -47,7 +51,7 @@ def publish_newest(config: RunConfig, run: RunFolder, ranks: Ranks) -> str | Non
         return None  # it has never trained
     folder = local_folder(config.checkpoint.local_dir, run.path, run_id)
     topology = find_topology(ranks.host_group, config.tables.ranks_per_node)
-    return _Publication(folder, run, topology, ranks.host_group).publish_newest()
+    return _Publication(folder, run, topology, ranks.host_group, skipped).publish_newest()
 
 
 class Held(NamedTuple):
@@ -56,6 +60,7 @@ class Held(NamedTuple):
     part: Part
     node: int
     host: str
+    is_rolled_back: bool  # as far as it tells: one part of a save has the state of training
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +72,14 @@ class _Publication:
     run: RunFolder
     topology: Topology
     group: dist.ProcessGroup
+    skipped: Windows
 
     def publish_newest(self) -> str | None:
         """As the function."""
         newest = self._newest_step()
         held = self._held()
-        saves = {one.part.save for one in held if step_of(one.part.save) > newest}
+        rolled_back = {one.part.save for one in held if one.is_rolled_back}
+        saves = {one.part.save for one in held if step_of(one.part.save) > newest} - rolled_back
         for save in sorted(saves, reverse=True):
             if self._publish(save, [one for one in held if one.part.save == save]):
                 return save
@@ -93,10 +100,19 @@ class _Publication:
         """By all nodes."""
         mine = []
         if self.topology.rail == 0:
-            mine = [Held(part, self.topology.node, socket.gethostname()) for part in complete_parts(self.folder)]
+            parts = complete_parts(self.folder)
+            mine = [Held(part, self.topology.node, socket.gethostname(), self._is_rolled_back(part)) for part in parts]
         of_ranks: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(of_ranks, mine, group=self.group)
         return [one for of_rank in of_ranks for one in of_rank]
+
+    def _is_rolled_back(self, part: Part) -> bool:
+        if not self.skipped or not (part.path / TRAIN_STATE).exists():
+            return False
+        try:
+            return has_read_any(TrainState.read(part.path), self.skipped)
+        except UsageError:
+            return False  # its copy tells, or who copies it
 
     def _publish(self, save: str, held: Sequence[Held]) -> bool:
         """Whether the parts that are `held` have become a checkpoint. A damaged one is replaced by its copy."""

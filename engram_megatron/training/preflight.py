@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engram_checkpoints.train_state import TrainState
 from engram_data.corpus import Corpus
+from engram_data.skipped_samples import Windows
 from engram_data.stream import TokenStream
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
@@ -79,7 +80,7 @@ def open_inputs(config: RunConfig, world_size: int, *, resume: bool) -> Inputs:
     train, validation = (Corpus.open(config.data.corpus, split) for split in ("train", "validation"))
     _check_vocabulary(config, train)
     for corpus in (train, validation):
-        _stream(config, corpus)
+        stream_of(config, corpus)
     hasher = hasher_of(config, train)
     identity = None if hasher is None else hasher.identity()
     _check_folders(config, resume)
@@ -110,15 +111,20 @@ def resumed(inputs: Inputs, config: RunConfig) -> Inputs:
     return replace(inputs, resume_from=complete[-1])
 
 
-def _stream(config: RunConfig, corpus: Corpus) -> TokenStream:
+def stream_of(
+    config: RunConfig, corpus: Corpus, *, data_rank: int = 0, data_ranks: int = 1, skipped: Windows = ()
+) -> TokenStream:
+    """What a data replica reads. Raises as `TokenStream`."""
     return TokenStream(
         corpus,
         sequence_length=config.data.sequence_length,
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
-        data_rank=0,
-        data_ranks=1,
+        data_rank=data_rank,
+        data_ranks=data_ranks,
         seed=config.data.shuffle_seed,
+        separate_documents=config.data.separate_documents,
+        skipped=skipped,
     )
 
 

@@ -1,6 +1,7 @@
 """What one rank's process does around a run: speak up when it fails, and end so that all other ranks end too.
 
-Exit codes: 0 finished, or stopped because that was asked for; 2 a user's mistake; 1 anything else.
+Exit codes: 0 finished, or stopped because that was asked for; 2 a user's mistake, or spikes of the loss that rollbacks
+do not cure; 3 rolled back after such a spike: to be resumed; 1 anything else.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from engram_data.errors import CorpusError
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
+from engram_megatron.training.loss_spike import EXIT_ROLLED_BACK, RolledBackError, SpikesNotCuredError
 from engram_megatron.training.stop_signal import StopSignal
 
 EXIT_USAGE, EXIT_FAILURE = 2, 1
@@ -47,6 +49,10 @@ def run_rank(config: RunConfig, *, resume: bool) -> int:
                 summary = train(config, resume=resume, stop=stop, on_table_failure=_leave_failed)
             except (NonFiniteLossError, SaveError) as error:
                 _leave_together(rank, error, EXIT_FAILURE)
+            except RolledBackError as error:
+                _leave_together(rank, error, EXIT_ROLLED_BACK)
+            except SpikesNotCuredError as error:
+                _leave_together(rank, error, EXIT_USAGE)
     except (UsageError, CorpusError) as error:
         _leave_together(rank, error, EXIT_USAGE)
     except BaseException as error:
@@ -79,7 +85,8 @@ def _leave_together(rank: str, error: Exception, code: int) -> NoReturn:
     """Leave with one line, told by rank 0 if it failed too; another rank speaks where rank 0 did not fail."""
     line = " ".join(str(error).split())
     if rank != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word that rank 0 has spoken
+        # The launcher's word, or srun's on another node, that rank 0 has spoken: the code stays that of all ranks.
+        signal.signal(signal.SIGTERM, lambda _number, _frame: os._exit(code))
         time.sleep(SECONDS_FOR_RANK_0)
         line = f"rank {rank} on {socket.gethostname()}: {line}"
     _leave(f"error: {line}", code)

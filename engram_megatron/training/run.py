@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from engram_checkpoints.train_state import TrainState
 from engram_data.batch import Batch
-from engram_data.corpus import Corpus
+from engram_data.skipped_samples import Windows, union
 from engram_data.stream import TokenStream
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
@@ -20,15 +21,17 @@ from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
 from engram_megatron.optimizer.backbone import build_backbone_optimizer
 from engram_megatron.training import parallel
 from engram_megatron.training.checkpoint_writer import CheckpointWriter
-from engram_megatron.training.checkpointing import Checkpointer
+from engram_megatron.training.checkpointing import Checkpointer, Progress
 from engram_megatron.training.conditional_memory import ConditionalMemory
 from engram_megatron.training.heartbeat import Heartbeat, Phase, remove_beats_of_others
+from engram_megatron.training.loss_spike import LossSpikeError, LossWatch, RolledBackError, Spike
 from engram_megatron.training.metrics import MetricsLog
 from engram_megatron.training.node_resume import publish_newest
 from engram_megatron.training.node_snapshots import NodeSnapshots, node_snapshots
 from engram_megatron.training.parallel import Ranks
-from engram_megatron.training.preflight import Inputs, open_inputs, resumed
+from engram_megatron.training.preflight import Inputs, open_inputs, resumed, stream_of
 from engram_megatron.training.profiler import profiler_of_steps
+from engram_megatron.training.rollback import roll_back, settle_rollbacks
 from engram_megatron.training.run_folder import RunFolder, write_json
 from engram_megatron.training.stop_signal import StopSignal
 from engram_megatron.training.trainer import NonFiniteLossError, StepResult, Trainer
@@ -61,6 +64,8 @@ class _Run:
     log: MetricsLog | None
     step: int  # updates done
     tokens_seen: int
+    skipped: Windows
+    losses: LossWatch
     saved_step: int = -1
     snapshots: NodeSnapshots | None = None
 
@@ -70,6 +75,12 @@ class _Run:
 
     def progress(self, phase: Phase) -> None:
         self.heartbeat.progress(self.step, phase)
+
+    @property
+    def to_save(self) -> Progress:
+        return Progress(
+            step=self.step, tokens_seen=self.tokens_seen, skipped=self.skipped, recent_losses=self.losses.losses
+        )
 
     @property
     def writer(self) -> CheckpointWriter:
@@ -92,6 +103,8 @@ def train(
         UsageError, CorpusError: before any work, on every rank alike; later, for a corpus that cannot be read.
         SaveError: a checkpoint could not be written.
         NonFiniteLossError: on every rank alike; the last checkpoint stands.
+        RolledBackError, SpikesNotCuredError: on every rank alike, with `spikes.max_rollbacks`, after a spike of the
+            loss; one that is not finite is one.
     """
     rank, world_size, _ = parallel.world_from_environment()
     inputs = open_inputs(config, world_size, resume=resume)
@@ -114,16 +127,21 @@ def _train(
     ranks = parallel.initialize(config)
     heartbeat.progress(0, "loading")
     folder = RunFolder(config.run_dir)
-    published = publish_newest(config, folder, ranks) if resume else None
-    if published is not None:
+    skipped: Windows = ()
+    has_moved, published = False, None
+    if resume:
+        skipped, has_moved = settle_rollbacks(folder, ranks)
+        published = publish_newest(config, folder, ranks, skipped)
+    if has_moved or published is not None:
         inputs = resumed(inputs, config)
-    run = _build(config, ranks, folder, inputs, heartbeat, on_table_failure)
+    run = _build(config, ranks, folder, inputs, skipped, heartbeat, on_table_failure)
     if config.checkpoint.local_dir:
         run.snapshots = node_snapshots(config, folder, ranks, keep=published)
     try:
         summary = _loop(run, stop)
-    except NonFiniteLossError:
+    except (NonFiniteLossError, LossSpikeError) as error:
         _finish_saving(run)  # all ranks are here, and the message names the last checkpoint
+        _roll_back(run, error)
         raise
     finally:
         if run.log is not None:
@@ -145,9 +163,11 @@ def _build(
     ranks: Ranks,
     folder: RunFolder,
     inputs: Inputs,
+    skipped: Windows,
     heartbeat: Heartbeat,
     on_table_failure: Callable[[BaseException], None] | None,
 ) -> _Run:
+    """`skipped`: what the run leaves out by its folder's log; the checkpoint may know of more."""
     memory = None
     if inputs.hasher is not None:
         memory = ConditionalMemory(
@@ -165,7 +185,11 @@ def _build(
     optimizer = build_backbone_optimizer(chunks, config)
     writer = CheckpointWriter(ranks, config.parallel.collective_timeout_s)
     checkpointer = Checkpointer(folder, config, ranks, chunks, optimizer, memory, inputs.train, writer)
-    step, tokens_seen = _restore(config, checkpointer, inputs)
+    state = _restore(config, checkpointer, inputs)
+    step, tokens_seen, losses = 0, 0, list[float]()
+    if state is not None:
+        step, tokens_seen, losses = state.step, state.tokens_seen, state.recent_losses
+        skipped = union([*skipped, *state.skipped_samples])
     log = None
     if ranks.is_first:
         folder.claim(config)
@@ -178,26 +202,27 @@ def _build(
         folder=folder,
         trainer=Trainer(config, ranks, chunks, optimizer, memory),
         checkpointer=checkpointer,
-        train=_stream(config, inputs.train, ranks),
-        validation=_stream(config, inputs.validation, ranks),
+        train=stream_of(config, inputs.train, data_rank=ranks.data_rank, data_ranks=ranks.data_ranks, skipped=skipped),
+        validation=stream_of(config, inputs.validation, data_rank=ranks.data_rank, data_ranks=ranks.data_ranks),
         heartbeat=heartbeat,
         log=log,
         step=step,
         tokens_seen=tokens_seen,
+        skipped=skipped,
+        losses=LossWatch(config.spikes, losses),
         saved_step=step if inputs.resume_from is not None else -1,
     )
 
 
-def _restore(config: RunConfig, checkpointer: Checkpointer, inputs: Inputs) -> tuple[int, int]:
-    """Fill weights and tables; returns (updates done, tokens seen)."""
+def _restore(config: RunConfig, checkpointer: Checkpointer, inputs: Inputs) -> TrainState | None:
+    """Fill weights and tables; returns what a checkpoint that the run continues from says."""
     if inputs.resume_from is not None:
-        state = checkpointer.load(inputs.resume_from)
-        return state.step, state.tokens_seen
+        return checkpointer.load(inputs.resume_from)
     if config.checkpoint.init_from:
         checkpointer.load_weights(Path(config.checkpoint.init_from))
     elif checkpointer.memory is not None:
         checkpointer.memory.initialize(config.training.seed)
-    return 0, 0
+    return None
 
 
 def _loop(run: _Run, stop: StopSignal) -> RunSummary:
@@ -216,6 +241,7 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
             run.heartbeat.stepped(run.step, result.seconds, result.gather_wait_s, result.compute_s)
             _log_step(run, result)
             _log_saved(run)
+            run.losses.add(run.step, result.loss)
             if profiler is not None:
                 profiler.step()
             if result.stop_requests:
@@ -238,6 +264,16 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
         checkpoint=run.folder.checkpoint(run.step),
         stopped_by=stopped_by,
     )
+
+
+def _roll_back(run: _Run, error: NonFiniteLossError | LossSpikeError) -> None:
+    """Raise what becomes of a run whose loss has spiked; without `spikes.max_rollbacks` nothing does."""
+    if run.config.spikes.max_rollbacks == 0:
+        return
+    failed_step = run.step + 1  # of a loss that is not finite
+    spike = error.spike if isinstance(error, LossSpikeError) else Spike(failed_step, failed_step, str(error))
+    rollback = roll_back(run.folder, run.config, run.ranks, spike, run.skipped)
+    raise RolledBackError(f"the loss spiked; rolled {rollback.details}; continue with --resume") from error
 
 
 def _stopped_before_the_first_step(run: _Run, stop: StopSignal) -> str | None:
@@ -276,7 +312,7 @@ def _validate(run: _Run) -> float:
 def _save(run: _Run) -> None:
     if run.saved_step != run.step:
         run.progress("saving")
-        run.checkpointer.save(run.step, run.tokens_seen)
+        run.checkpointer.save(run.to_save)
         run.saved_step = run.step
         run.progress("training")
         _log_saved(run)
@@ -286,7 +322,7 @@ def _save_on_nodes(run: _Run) -> None:
     assert run.snapshots is not None, "the config was validated"
     run.progress("saving")
     target = run.snapshots.target(run.step)
-    run.checkpointer.save_to(target, run.step, run.tokens_seen, may_be_delta=False)
+    run.checkpointer.save_to(target, run.to_save, may_be_delta=False)
     run.progress("training")
     _log_saved(run)
 
@@ -306,19 +342,6 @@ def _log_saved(run: _Run) -> None:
             run.log.saved(saved.step, values, str(saved.target))
     for failure in run.writer.take_failures():
         run.say(f"warning: {failure}")
-
-
-def _stream(config: RunConfig, corpus: Corpus, ranks: Ranks) -> TokenStream:
-    return TokenStream(
-        corpus,
-        sequence_length=config.data.sequence_length,
-        global_batch_size=config.training.global_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        data_rank=ranks.data_rank,
-        data_ranks=ranks.data_ranks,
-        seed=config.data.shuffle_seed,
-        separate_documents=config.data.separate_documents,
-    )
 
 
 def _ranks_on_this_host(ranks: Ranks) -> int:

@@ -8,6 +8,7 @@ run_dir/
   tensorboard/  profile/
   heartbeats/            a file per rank: `heartbeat`
   events.jsonl  job/  logs/    what happened to it, what was submitted, and what that printed: `engram_megatron.jobs`
+  skipped_windows.jsonl  samples that it leaves out after spikes of the loss: `rollback_log`
   checkpoints/step_00000100/   complete when it holds COMPLETE
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 from engram_checkpoints.checkpoint_files import COMPLETE
 from engram_checkpoints.deltas import bases_of
+from engram_checkpoints.rolled_back import rolled_back_checkpoints
 from engram_checkpoints.run_checkpoints import complete_checkpoints
 from engram_megatron.config import CheckpointConfig, RunConfig
 from engram_megatron.config_fields import RESUME_FREE
@@ -131,7 +133,8 @@ class RunFolder:
 
     def remove_old_checkpoints(self, keep: CheckpointConfig) -> None:
         """Remove all but the newest `keep_last` complete checkpoints (0 keeps all) and those of every
-        `keep_every_steps`-th step and what those are deltas of, and older incomplete ones.
+        `keep_every_steps`-th step, what those and the ones that a rollback set aside are deltas of, and older
+        incomplete ones.
 
         COMPLETE goes first, so that a removal cut short never leaves a folder that looks whole.
         """
@@ -139,16 +142,17 @@ class RunFolder:
         newest = complete[-1] if complete else None
         stale = complete[: -keep.keep_last] if keep.keep_last else []
         if keep.keep_every_steps:
-            stale = [path for path in stale if _step(path) % keep.keep_every_steps]
-        bases = bases_of([path for path in complete if path not in stale])
-        stale = [path for path in stale if path not in bases]
+            stale = [path for path in stale if step_of(path) % keep.keep_every_steps]
+        kept = [path for path in complete if path not in stale] + rolled_back_checkpoints(self.path)
+        bases = {path.resolve() for path in bases_of(kept)}
+        stale = [path for path in stale if path.resolve() not in bases]
         stale += [p for p in self.checkpoints.glob("step_*") if newest and p < newest and p not in complete]
         for path in stale:
             (path / COMPLETE).unlink(missing_ok=True)
             shutil.rmtree(path)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from synthetic_run import NUM_STEPS, beat, write_beats, write_run
+from synthetic_run import NUM_STEPS, beat, rollback, write_beats, write_run
 
 from engram_megatron.errors import UsageError
 from engram_megatron.jobs.events import append_event
@@ -18,6 +18,7 @@ from engram_megatron.jobs.metrics_tail import MEAN_OF_RECORDS, metrics_tail
 from engram_megatron.jobs.slurm import QueuedJob, queued_jobs
 from engram_megatron.jobs.status import read_status
 from engram_megatron.jobs.status_text import MOST_EVENTS, WIDTH, status_lines
+from engram_megatron.training.rollback_log import SKIPPED_FILE, rollback_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +87,18 @@ def test_history_is_told_on_one_screen(run: Path, monkeypatch: pytest.MonkeyPatc
     assert sum(" 7.0 " in line and "ended" in line for line in lines) <= MOST_EVENTS
     assert len(lines) < 40
     assert all(len(line) <= WIDTH for line in lines)
+
+
+def test_rollbacks_are_told(run: Path) -> None:
+    assert not [line for line in status_lines(read_status(run)) if line.startswith("rollbacks")]
+    (run / SKIPPED_FILE).write_text(rollback_lines([rollback(1500), rollback(2400)]))
+    status = read_status(run)
+    (line,) = [line for line in status_lines(status) if line.startswith("rollbacks")]
+    assert line.startswith(
+        "rollbacks    the last of 2: back to step 2000, 200 batches skipped after step 2295 (samples "
+    )
+    assert len(line) <= WIDTH
+    assert json.loads(json.dumps(asdict(status)))["rollbacks"][0]["step"] == 1500
 
 
 def test_many_hosts_are_one_screen(run: Path) -> None:

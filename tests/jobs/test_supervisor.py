@@ -42,6 +42,8 @@ def test_run_is_over_until_it_is_submitted_again(text: str, kind: str | None) ->
         ("submitted started:0 ended started:4 ended", 4, 1),
         ("submitted started:4 allocated started:4 ended", 4, 2),  # the first was lost with its node
         ("submitted started:4 ended requeued allocated started:4 ended", 4, 1),  # asked to stop: no fault
+        ("submitted started:4 loss_spike ended started:4 loss_spike ended", 4, 0),  # rolled back twice: other samples
+        ("submitted started:4 loss_spike ended started:4 ended", 4, 1),
         ("submitted started:4 ended started:4 ended gave_up submitted", 4, 0),
         ("submitted started:4 ended started:4 ended gave_up submitted started:4 ended", 4, 1),
     ],

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from synthetic_run import rollback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -17,6 +18,7 @@ from engram_megatron.jobs.events import append_event
 from engram_megatron.presets import engram_tiny, preset
 from engram_megatron.training.board import COMPARED_KEYS, COMPARED_METRICS, compared_values, dashboard
 from engram_megatron.training.metrics import MetricsLog
+from engram_megatron.training.rollback_log import SKIPPED_FILE, rollback_lines
 from engram_megatron.training.run_folder import RunFolder
 
 PAGE = Path(__file__).parents[2] / "docs/watching.md"
@@ -104,6 +106,16 @@ def test_events_are_shown_from_all_starts(folder: RunFolder) -> None:
     assert [line.split("|")[3].strip() for line in lines[2:]] == ["started", "ended", "started"]
     assert "nodes n1 n4" in lines[2]
     assert "rank 3 \\| killed" in lines[3]
+
+
+def test_rollbacks_are_shown(folder: RunFolder) -> None:
+    log_steps(folder, 0, 5)
+    assert "rollbacks/text_summary" not in EventAccumulator(str(folder.tensorboard)).Reload().Tags()["tensors"]
+    (folder.path / SKIPPED_FILE).write_text(rollback_lines([rollback(1500), rollback(2400)]))
+    log_steps(folder, 3, 6)
+    (_, table), *_ = summaries(folder, "rollbacks/text_summary")
+    assert [line.split("|")[2].strip() for line in table.decode().splitlines()[2:]] == ["2400", "1500"]
+    assert "200 batches skipped after step 2295" in table.decode()
 
 
 def test_run_is_described_once_for_all_starts(folder: RunFolder) -> None:
