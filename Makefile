@@ -13,7 +13,7 @@ NPROC ?= 2
 RUN_DIR ?= $(shell n=1; d=$(RUNS)/engram_tiny; while [ -e $$d ]; do n=$$((n + 1)); d=$(RUNS)/engram_tiny_$$n; done; echo $$d)
 LAST_RUN = $(or $(shell ls -dt $(RUNS)/engram_tiny* 2>/dev/null | head -n 1),$(RUNS)/engram_tiny)
 
-.PHONY: pretrain resume test test-all soak lint layouts corpus conformance compare bench-tables bench-checkpoints clean
+.PHONY: pretrain resume test test-all soak lint layouts corpus conformance compare bench-tables bench-checkpoints bench-jobs clean
 
 pretrain: $(VENV)/.installed $(TINY_CORPUS)/corpus.json  ## pretrain a small Engram model on two ranks
 	$(PY) launch/train.py engram_tiny --nproc-per-node $(NPROC) \
@@ -52,6 +52,9 @@ bench-tables: $(VENV)/.installed  ## the tables against torch, C, bare traffic a
 
 bench-checkpoints: $(VENV)/.installed  ## saves, loads and conversions against plain files; 6 GiB of disk, five minutes
 	$(PY) launch/bench_checkpoints.py $(ARGS)
+
+bench-jobs: $(VENV)/.installed  ## jobs of Slurm on a local cluster: how soon they train, also after faults; five minutes
+	$(PY) launch/bench_jobs.py $(ARGS)
 
 conformance: $(VENV)/.installed  ## our code against vectors of DeepSeek's demo
 	$(PY) launch/conformance.py tests/golden

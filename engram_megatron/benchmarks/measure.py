@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 Candidate = Callable[[], object]
@@ -88,11 +88,15 @@ def table(comparisons: Sequence[Comparison]) -> str:
         )
         for c in comparisons
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    texts = {0, 2, 6}  # the columns of words stand left, those of numbers right
+    return aligned(rows, words={0, 2, 6})
+
+
+def aligned(rows: Sequence[Sequence[str]], words: Collection[int]) -> str:
+    """Cells in columns, a line for each of `rows`. Columns of `words`, counted from 0, stand left, numbers right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column in texts else cell.rjust(width)
+            cell.ljust(width) if column in words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
