@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 from tiny_run import TINY, metrics
 
+from engram_megatron.errors import UsageError
 from engram_megatron.jobs.events import Event, read_events
 from engram_megatron.jobs.stacks import ranks_here
 from engram_megatron.local_cluster import cluster
+from engram_megatron.local_cluster.machine import command_inside
 from engram_megatron.local_cluster.settings import ClusterSettings
 from engram_megatron.local_cluster.slurm_client import client_environment
 
@@ -41,6 +48,10 @@ class Cluster:
             words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
         )
 
+    def inside(self, node: str, *words: str) -> list[str]:
+        """The command that runs `words` as root of `node`."""
+        return command_inside(self.settings, node, words)
+
     def crash(self, node: str) -> None:
         cluster.crash(self.settings, node)
 
@@ -48,6 +59,9 @@ class Cluster:
         """Switch `node` on, and wait until it takes jobs."""
         cluster.boot(self.settings, node)
         _wait_until(lambda: self.command("sinfo", "-hn", node, "-o%t").split()[0] in ("idle", "mix"), f"{node} idle")
+
+    def wait_until_ended(self, job: str) -> None:
+        _wait_until(lambda: not self.command("squeue", "-h", f"--jobs={job}"), f"the end of job {job}")
 
     def kill_slurmd(self, node: str) -> None:
         for process in psutil.process_iter():
@@ -58,7 +72,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Run:
-    """A submitted run of two nodes."""
+    """A submitted run, of two nodes if nothing else is said."""
 
     cluster: Cluster
     path: Path
@@ -93,6 +107,17 @@ class Run:
         _wait_until(lambda: bool(self.events("finished", "gave_up", "stopped")), "the end", self.told)
         assert self.events("finished"), self.told()
 
+    def status(self) -> dict[str, Any]:
+        """What slurm/status.py --json says of it."""
+        said: dict[str, Any] = json.loads(
+            self.cluster.command(sys.executable, "slurm/status.py", str(self.path), "--json")
+        )
+        return said
+
+    def shown(self) -> str:
+        """What a person sees of it, with single spaces."""
+        return " ".join(self.cluster.command(sys.executable, "slurm/status.py", str(self.path)).split())
+
     def rank(self, number: int) -> psutil.Process:
         return ranks_here(self.path)[number]
 
@@ -100,6 +125,22 @@ class Run:
         """All events, and the ends of its logs."""
         logs = [log.read_text()[-3000:] for log in sorted((self.path / "logs").glob("*.log"))]
         return "\n".join([*map(str, self.events()), *logs])
+
+
+@contextlib.contextmanager
+def cluster_of(nodes: int, *shm_mib: str) -> Iterator[Cluster]:
+    """A cluster of nodes of two CPUs. Skips the test where none can be."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path: sockets lie below it
+        try:
+            settings = cluster.up(Path(folder) / "c", nodes, 2, shm_mib, plain=False)
+        except UsageError as error:
+            pytest.skip(str(error))
+        try:
+            if not settings.isolated:
+                pytest.skip("no namespaces here: nodes would share a name and memory")
+            yield Cluster(settings)
+        finally:
+            cluster.down(Path(folder) / "c")
 
 
 def _wait_until(happened: Callable[[], bool], what: str, told: Callable[[], str] = lambda: "") -> None:

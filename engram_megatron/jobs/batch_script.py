@@ -38,9 +38,10 @@ exec {shlex.quote(job.python)} {shlex.quote(str(job.code / "slurm/run_job.py"))}
 def sbatch_lines(job: Job) -> list[str]:
     """Options for sbatch, one a line."""
     options = job.options
+    nodes = f"{options.min_nodes}-{options.nodes}" if options.min_nodes else str(options.nodes)
     lines = [
         f"--job-name={job.name}",
-        f"--nodes={options.nodes}",
+        f"--nodes={nodes}",
         "--ntasks-per-node=1",
         f"--output={job.run_dir}/logs/%j.log",
         "--open-mode=append",

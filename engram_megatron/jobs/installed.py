@@ -1,20 +1,25 @@
-"""Which version of a package a rank that starts here would import, without importing it."""
+"""Which version of a package a rank that starts here would import, without an import of more than is loaded."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def imported_version(module: str, package: str) -> str:
-    """The version of `package` that lies beside `module` (a folder, such as megatron.core) where Python finds it.
+    """What `module` (a folder, such as megatron.core) says of itself where this process has loaded it; else the version
+    of `package` that lies beside it where Python finds it.
 
     Another one, further down Python's path, is installed as well and not imported. Where none lies there (a checkout,
     an editable install) the sum of the code speaks for it; "none" where there is no such module.
     """
+    loaded = getattr(sys.modules.get(module), "__version__", None)
+    if isinstance(loaded, str):
+        return str(loaded)  # torch has a class of its own
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # nor its parent

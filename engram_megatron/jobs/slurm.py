@@ -41,6 +41,11 @@ def jobs_of_name(name: str) -> dict[str, str]:
     return dict(line.split() for line in output.splitlines() if line.strip())
 
 
+def exclude(job_id: str, nodes: str) -> None:
+    """Keep a job that waits in the queue from `nodes`."""
+    _run("scontrol", "update", f"jobid={job_id}", f"excnodelist={nodes}")
+
+
 def requeue(job_id: str) -> None:
     """Put a running job back in the queue. It is ended now."""
     _run("scontrol", "requeue", job_id)

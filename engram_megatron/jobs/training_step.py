@@ -41,7 +41,7 @@ class TrainingStep:
         options = frozen.options
         ranks = [f"--ranks={options.ranks_on_node}", f"--address={allocation.nodes[0]}"]
         ranks += [f"--port={allocation.port(number)}", *frozen.train_command()]
-        tasks = ["srun", f"--nodes={len(allocation.nodes)}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        tasks = [*allocation.tasks(), "--kill-on-bad-exit=1"]
         tasks += [f"--wait={_GRACE_S}", "--label" if len(allocation.nodes) > 1 else "--unbuffered"]
         program = [python, str(frozen.code / "slurm/start_ranks.py"), *ranks]
         self._process = subprocess.Popen([*tasks, *contained(frozen, program)], start_new_session=True)
