@@ -60,6 +60,11 @@ class Cluster:
         cluster.boot(self.settings, node)
         _wait_until(lambda: self.command("sinfo", "-hn", node, "-o%t").split()[0] in ("idle", "mix"), f"{node} idle")
 
+    def wait_until_idle(self) -> None:
+        """Until a job could have all nodes that are on: those of one that has ended are not free at once."""
+        states = ("idle", "down", "down*")
+        _wait_until(lambda: all(s in states for s in self.command("sinfo", "-hN", "-o%T").split()), "all nodes idle")
+
     def wait_until_ended(self, job: str) -> None:
         _wait_until(lambda: not self.command("squeue", "-h", f"--jobs={job}"), f"the end of job {job}")
 

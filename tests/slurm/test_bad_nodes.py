@@ -14,8 +14,8 @@ from tiny_run import train_losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-# Any number of ranks up to three fits it.
-OPTIONS = ("parallel.expert=1", "training.global_batch_size=12", "training.num_steps=60", "checkpoint.every_steps=10")
+STEPS = 60
+ANY_RANKS = ("parallel.expert=1", "training.global_batch_size=12")  # one, two or three
 BATCH = "training.global_batch_size=8"  # of experts on two ranks each: two or four ranks, and not three
 JOB = ("--ranks-per-node=1", "--time=1:00:00", "--memory=100", "--hang-s=60")
 
@@ -30,6 +30,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def run(cluster: Cluster, tmp_path: Path) -> Iterator[Run]:
     run = Run(cluster, tmp_path / "run")
+    cluster.wait_until_idle()
     yield run
     cluster.attempt("scancel", "--me")
 
@@ -86,7 +87,7 @@ def test_node_with_too_little_shared_memory(run: Run, tiny_corpus: Path) -> None
 
 @pytest.mark.usefixtures("other_version")
 def test_node_with_another_version_of_a_package(run: Run, tiny_corpus: Path) -> None:
-    run.submit(tiny_corpus, *JOB, *OPTIONS, "--nodes=3", "--exclude=node1")
+    run.submit(tiny_corpus, *JOB, *ANY_RANKS, "--nodes=3", "--exclude=node1")
     reason = f"zarr is {OTHER_VERSION} here and {ZARR_VERSION} on 2 of 3 nodes"
     _check_replaced(run, "node4", reason, ["node2", "node3", "node4"], ["node2", "node3", "node5"])
 
@@ -112,10 +113,12 @@ def test_run_gives_up_where_too_few_nodes_are_good(run: Run, tiny_corpus: Path) 
 
 
 def test_run_that_loses_a_node_goes_on_with_fewer(run: Run, cluster: Cluster, tiny_corpus: Path) -> None:
-    job = (*JOB, *OPTIONS, "--nodes=3", "--exclude=node1,node5")
+    steps = (f"training.num_steps={STEPS}", "checkpoint.every_steps=10")
+    job = (*JOB, *ANY_RANKS, *steps, "--nodes=3", "--exclude=node1,node5")
     undisturbed = Run(cluster, run.path.with_name("undisturbed"))
     undisturbed.submit(tiny_corpus, *job)
     undisturbed.wait_until_finished()
+    cluster.wait_until_idle()
     run.submit(tiny_corpus, *job, "--min-nodes=2")
     run.wait_for_step(25)
     cluster.crash("node4")
@@ -127,7 +130,7 @@ def test_run_that_loses_a_node_goes_on_with_fewer(run: Run, cluster: Cluster, ti
     assert step >= 20, "from the newest checkpoint"
     assert f"from step {step} on 2 of 3 nodes: node2 node3" in run.shown()
     losses, expected = train_losses(run.path), train_losses(undisturbed.path)
-    assert sorted(losses) == list(range(1, 61))
+    assert sorted(losses) == list(range(1, STEPS + 1))
     assert [losses[i] for i in range(1, step + 1)] == [expected[i] for i in range(1, step + 1)]
     # Sums over ranks and microbatches are taken in another order then, in float32.
     assert losses == pytest.approx(expected, rel=1e-4)
