@@ -38,11 +38,9 @@ exec {shlex.quote(job.python)} {shlex.quote(str(job.code / "slurm/run_job.py"))}
 def sbatch_lines(job: Job) -> list[str]:
     """Options for sbatch, one a line."""
     options = job.options
-    nodes = f"{options.min_nodes}-{options.nodes}" if options.min_nodes else str(options.nodes)
     lines = [
         f"--job-name={job.name}",
-        f"--nodes={nodes}",
-        "--ntasks-per-node=1",
+        *_node_lines(options),
         f"--output={job.run_dir}/logs/%j.log",
         "--open-mode=append",
         "--requeue",
@@ -65,6 +63,14 @@ def sbatch_lines(job: Job) -> list[str]:
         if value:
             lines.append(f"--{flag}={value}")
     return lines + list(options.sbatch)
+
+
+def _node_lines(options: JobOptions) -> list[str]:
+    """One task on each node; that is what Slurm takes for granted of a range, too. Told so it would count them, for the
+    least number of nodes, and never give more."""
+    if options.least_nodes < options.nodes:
+        return [f"--nodes={options.least_nodes}-{options.nodes}"]
+    return [f"--nodes={options.nodes}", "--ntasks-per-node=1"]
 
 
 def _environment(job: Job) -> list[str]:

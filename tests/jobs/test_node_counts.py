@@ -53,12 +53,13 @@ def test_ends_that_cannot_be_are_refused(least: int, most: int, told: str) -> No
 
 
 def test_slurm_is_asked_for_a_range_only_where_fewer_do() -> None:
-    def nodes_of(options: JobOptions) -> str:
+    def nodes_of(options: JobOptions) -> list[str]:
         job = Job(options=options, name="run", run_dir=Path("run"), code=Path("code"), python="python")
-        return next(line for line in sbatch_lines(job) if line.startswith("--nodes"))
+        return [line for line in sbatch_lines(job) if line.startswith(("--nodes", "--ntasks"))]
 
-    assert nodes_of(JobOptions(nodes=4)) == "--nodes=4"
-    assert nodes_of(JobOptions(nodes=4, min_nodes=2)) == "--nodes=2-4"
+    assert nodes_of(JobOptions(nodes=4)) == ["--nodes=4", "--ntasks-per-node=1"]
+    assert nodes_of(JobOptions(nodes=4, min_nodes=4)) == ["--nodes=4", "--ntasks-per-node=1"]
+    assert nodes_of(JobOptions(nodes=4, min_nodes=2)) == ["--nodes=2-4"], "with tasks it would get two nodes"
 
 
 def test_nodes_beyond_the_layout_stay_idle() -> None:
