@@ -10,12 +10,18 @@ from pathlib import Path
 from engram_megatron.errors import UsageError
 from engram_megatron.jobs.allocation import allocation_of
 from engram_megatron.jobs.frozen import read_frozen
+from engram_megatron.jobs.node_counts import node_counts
 from engram_megatron.jobs.supervisor import Supervisor
+from engram_megatron.overrides import apply_overrides
+from engram_megatron.presets import preset
 
 
 def main() -> int:
     try:
-        supervisor = Supervisor(read_frozen(Path(sys.argv[1])), allocation_of(os.environ), sys.executable)
+        frozen, given = read_frozen(Path(sys.argv[1])), allocation_of(os.environ)
+        config = apply_overrides(preset(frozen.preset), list(frozen.overrides))
+        used = given.first(node_counts(config, frozen.options).of_given(len(given.nodes)))
+        supervisor = Supervisor(frozen, used, sys.executable)
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, supervisor.receive)
         return supervisor.run()

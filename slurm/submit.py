@@ -37,10 +37,13 @@ def start() -> None:
     submission = prepare(arguments.preset, arguments.overrides, options, resume=arguments.resume)
     if arguments.dry_run:
         print(describe(submission.config, options.world_size))
+        print(*submission.counts.lines(), sep="\n")
         print(f"{submission.frozen.script}\n\n{batch_script(submission.job)}", end="")
         return
     job_ids = submission.submit()
     run_dir = submission.frozen.run_dir
+    for line in submission.counts.lines():
+        print(f"nodes        {line}")
     print(f"queued       {' '.join(job_ids)} ({submission.job.name})\nscript       {submission.frozen.script}")
     print(f"log          {run_dir}/logs/{job_ids[0]}.log\nlook at it   python slurm/status.py {run_dir}")
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import TINY, backbone, metrics, tables, train_losses
 
+from engram_megatron.errors import UsageError
 from engram_megatron.jobs.events import Event, read_events
 from engram_megatron.jobs.stacks import ranks_here
 from engram_megatron.local_cluster import cluster
+from engram_megatron.local_cluster.machine import command_inside
 from engram_megatron.local_cluster.settings import ClusterSettings
 from engram_megatron.local_cluster.slurm_client import client_environment
 
@@ -44,6 +51,10 @@ class Cluster:
             words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
         )
 
+    def inside(self, node: str, *words: str) -> list[str]:
+        """The command that runs `words` as root of `node`."""
+        return command_inside(self.settings, node, words)
+
     def crash(self, node: str) -> None:
         cluster.crash(self.settings, node)
 
@@ -67,6 +78,14 @@ class Cluster:
             if not state.is_on or state.slurm.startswith("down"):
                 self.boot(state.node.name)
 
+    def wait_until_idle(self) -> None:
+        """Until a job could have all nodes that are on: those of one that has ended are not free at once."""
+        states = ("idle", "down", "down*")
+        _wait_until(lambda: all(s in states for s in self.command("sinfo", "-hN", "-o%T").split()), "all nodes idle")
+
+    def wait_until_ended(self, job: str) -> None:
+        _wait_until(lambda: not self.command("squeue", "-h", f"--jobs={job}"), f"the end of job {job}")
+
     def kill_slurmd(self, node: str) -> None:
         for process in psutil.process_iter():
             is_nodes = process.name() == "slurmd" and node in process.cmdline()
@@ -76,7 +95,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Run:
-    """A submitted run of two nodes."""
+    """A submitted run, of two nodes if nothing else is said."""
 
     cluster: Cluster
     path: Path
@@ -123,6 +142,17 @@ class Run:
         known = [event.job.partition(".")[0] for event in self.events() if event.job]
         return known[-1] if known else str(self.events("submitted")[-1].fields["jobs"][0])
 
+    def status(self) -> dict[str, Any]:
+        """What slurm/status.py --json says of it."""
+        said: dict[str, Any] = json.loads(
+            self.cluster.command(sys.executable, "slurm/status.py", str(self.path), "--json")
+        )
+        return said
+
+    def shown(self) -> str:
+        """What a person sees of it, with single spaces."""
+        return " ".join(self.cluster.command(sys.executable, "slurm/status.py", str(self.path)).split())
+
     def rank(self, number: int) -> psutil.Process:
         return ranks_here(self.path)[number]
 
@@ -144,6 +174,23 @@ def assert_equal_ends(found: Run, expected: Run) -> None:
         np.testing.assert_array_equal(tables(ours)[name], values, err_msg=name)
     weights, others = backbone(theirs), backbone(ours)
     assert [name for name, tensor in weights.items() if not torch.equal(others[name], tensor)] == []
+
+
+@contextlib.contextmanager
+def cluster_of(nodes: int, *shm_mib: str) -> Iterator[Cluster]:
+    """A cluster of nodes of a core each: a rank computes in one thread, as it does on one host. Skips the test where none
+    can be."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path: sockets lie below it
+        try:
+            settings = cluster.up(Path(folder) / "c", nodes, 1, shm_mib, plain=False)
+        except UsageError as error:
+            pytest.skip(str(error))
+        try:
+            if not settings.isolated:
+                pytest.skip("no namespaces here: nodes would share a name and memory")
+            yield Cluster(settings)
+        finally:
+            cluster.down(Path(folder) / "c")
 
 
 def _wait_until(happened: Callable[[], bool], what: str, told: Callable[[], str] = lambda: "") -> None:

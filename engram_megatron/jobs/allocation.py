@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from engram_megatron.errors import UsageError
 from engram_megatron.jobs import slurm
@@ -14,11 +15,25 @@ _FIRST_PORT, _NUM_PORTS = 12000, 16000
 
 @dataclass(frozen=True)
 class Allocation:
-    """`nodes` by name, the head node first."""
+    """`nodes` by name, the head node first. `idle`: those that the run's layout has no use for."""
 
     job_id: str
     restarts: int
     nodes: tuple[str, ...]
+    idle: tuple[str, ...] = ()
+
+    def first(self, count: int) -> Allocation:
+        """The same with `count` nodes, the others idle."""
+        return replace(self, nodes=self.nodes[:count], idle=self.nodes[count:] + self.idle)
+
+    def told(self, asked: int) -> dict[str, Any]:
+        """Fields of an event: nodes, and where they are fewer than the `asked` ones, that."""
+        fewer = {"asked_for": asked} if len(self.nodes) < asked else {}
+        return {"nodes": list(self.nodes), **fewer, **({"idle": list(self.idle)} if self.idle else {})}
+
+    def tasks(self) -> list[str]:
+        """The words of srun that make a task on each node."""
+        return ["srun", f"--nodes={len(self.nodes)}", f"--nodelist={','.join(self.nodes)}", "--ntasks-per-node=1"]
 
     def port(self, number: int) -> int:
         """For the `number`-th meeting of ranks in this job."""

@@ -29,7 +29,7 @@ class Checked:
 def check_allocation(frozen: Frozen, allocation: Allocation, python: str) -> Checked:
     """Run slurm/preflight.py on all nodes; it prints to the job's log."""
     options = frozen.options
-    tasks = ["srun", f"--nodes={len(allocation.nodes)}", "--ntasks-per-node=1", "--wait=30"]
+    tasks = [*allocation.tasks(), "--wait=30"]
     program = [python, str(frozen.code / "slurm/preflight.py"), frozen.preset, *frozen.overrides]
     program += [f"--nproc-per-node={options.ranks_on_node}", f"--master-addr={allocation.nodes[0]}"]
     program += [f"--master-port={allocation.port(_NUMBER)}", f"--node-names={','.join(allocation.nodes)}"]

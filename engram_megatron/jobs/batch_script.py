@@ -40,8 +40,7 @@ def sbatch_lines(job: Job) -> list[str]:
     options = job.options
     lines = [
         f"--job-name={job.name}",
-        f"--nodes={options.nodes}",
-        "--ntasks-per-node=1",
+        *_node_lines(options),
         f"--output={job.run_dir}/logs/%j.log",
         "--open-mode=append",
         "--requeue",
@@ -64,6 +63,14 @@ def sbatch_lines(job: Job) -> list[str]:
         if value:
             lines.append(f"--{flag}={value}")
     return lines + list(options.sbatch)
+
+
+def _node_lines(options: JobOptions) -> list[str]:
+    """One task on each node; that is what Slurm takes for granted of a range, too. Told so it would count them, for the
+    least number of nodes, and never give more."""
+    if options.least_nodes < options.nodes:
+        return [f"--nodes={options.least_nodes}-{options.nodes}"]
+    return [f"--nodes={options.nodes}", "--ntasks-per-node=1"]
 
 
 def _environment(job: Job) -> list[str]:

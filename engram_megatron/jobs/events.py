@@ -7,13 +7,14 @@ import errno
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engram_megatron.jobs.environment import current_job
 from engram_megatron.training.run_events import EVENTS_FILE, Event, read_events
 
-__all__ = ["EVENTS_FILE", "Event", "append_event", "read_events"]
+__all__ = ["EVENTS_FILE", "Event", "append_event", "job_ids", "read_events"]
 
 
 def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
@@ -33,6 +34,15 @@ def append_event(run_dir: Path, kind: str, **fields: Any) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run_dir / EVENTS_FILE))
     finally:
         os.close(file)
+
+
+def job_ids(events: Sequence[Event]) -> list[str]:
+    """Slurm's ids of the run's jobs: of the last submission and after; without one of all events."""
+    since = max((index for index, event in enumerate(events) if event.kind == "submitted"), default=0)
+    jobs = [event.job.partition(".")[0] for event in events[since:]]
+    for event in events[since:]:
+        jobs += [str(job) for job in (*event.fields.get("jobs", []), event.fields.get("next_job", ""))]
+    return sorted({job for job in jobs if job})
 
 
 def _is_torn(file: int) -> bool:

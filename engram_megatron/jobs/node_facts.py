@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -27,11 +25,20 @@ from engram_data.corpus import Corpus
 from engram_data.errors import CorpusError
 from engram_megatron.config import RunConfig
 from engram_megatron.errors import UsageError
+from engram_megatron.jobs.installed import code_digest, imported_version
 from engram_megatron.tables.host_memory import available_bytes
 from engram_megatron.tables.nvme_placement import check_folder
 from engram_megatron.training.run_folder import write_text
 
-PACKAGES = ("torch", "megatron-core", "emerging-optimizers", "numpy", "zarr", "triton", "numba")
+MODULES = {  # by the name of the package
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "emerging-optimizers": "emerging_optimizers",
+    "numpy": "numpy",
+    "zarr": "zarr",
+    "triton": "triton",
+    "numba": "numba",
+}
 OUR_PACKAGES = (engram_megatron, engram_checkpoints, engram_data, engram_kernels)
 SHARED_MEMORY = Path("/dev/shm")
 _GPU_QUERY = "name,driver_version,ecc.errors.uncorrected.volatile.total"
@@ -140,23 +147,9 @@ def _leave_file(run_dir: Path, host: str, token: str) -> str:
 def versions() -> dict[str, str]:
     """Of what runs here, by name. Our own is the sum of its code, which changes with every edit."""
     found = {"python": ".".join(map(str, sys.version_info[:3])), "CUDA": str(torch.version.cuda)}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
+    found |= {package: imported_version(module, package) for package, module in MODULES.items()}
     folders = [Path(path) for package in OUR_PACKAGES for path in package.__path__]
     return found | {"code of engram-megatron": code_digest(folders)}
-
-
-def code_digest(folders: Sequence[Path]) -> str:
-    """First 12 digits of the SHA-256 over the Python files below `folders`, their names included."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            content = path.read_bytes()
-            digest.update(f"{folder.name}/{path.relative_to(folder)} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:12]
 
 
 def newest_checkpoint(run_dir: Path) -> str:

@@ -27,6 +27,7 @@ class JobOptions:
     """Of a job. Empty text and 0 leave a choice to Slurm, where not said otherwise."""
 
     nodes: int = _option(1, "nodes that train")
+    min_nodes: int = _option(0, "nodes that do where Slurm has no more; 0: as many as --nodes")
     ranks_per_node: int = _option(0, "processes on each node; 0: one for each of its GPUs")
     gpus_per_node: int = _option(0, "GPUs of each node")
     cpus_per_node: int = _option(0, "cores of each node, for all of its ranks")
@@ -55,8 +56,9 @@ class JobOptions:
         """Raise `UsageError` for a value that cannot be."""
         for name, least in (("nodes", 1), ("chain", 1), ("signal_s", 1), ("retries", 1), ("hang_s", 10)):
             check(getattr(self, name) >= least, f"--{_flag(name)} {getattr(self, name)} must be at least {least}")
-        for name in ("ranks_per_node", "gpus_per_node", "cpus_per_node"):
+        for name in ("min_nodes", "ranks_per_node", "gpus_per_node", "cpus_per_node"):
             check(getattr(self, name) >= 0, f"--{_flag(name)} {getattr(self, name)} must not be negative")
+        check(self.min_nodes <= self.nodes, f"--min-nodes {self.min_nodes} must be at most --nodes {self.nodes}")
         check(
             not self.time or _TIME.fullmatch(self.time) is not None,
             f"--time {self.time!r} is no time of Slurm's: write HOURS:MINUTES:SECONDS or DAYS-HOURS",
@@ -81,6 +83,10 @@ class JobOptions:
     @property
     def ranks_on_node(self) -> int:
         return self.ranks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def least_nodes(self) -> int:
+        return self.min_nodes or self.nodes
 
     @property
     def world_size(self) -> int:

@@ -68,6 +68,11 @@ def queued_jobs(job_ids: Sequence[str]) -> list[QueuedJob] | None:
     return [QueuedJob(*line.split("|", 2)) for line in output.splitlines() if line.count("|") >= 2]
 
 
+def exclude(job_id: str, nodes: str) -> None:
+    """Keep a job that waits in the queue from `nodes`."""
+    _run("scontrol", "update", f"jobid={job_id}", f"excnodelist={nodes}")
+
+
 def requeue(job_id: str) -> None:
     """Put a running job back in the queue. It is ended now."""
     _run("scontrol", "requeue", job_id)

@@ -16,8 +16,9 @@ from typing import Any
 from engram_checkpoints.checkpoint_files import COMPLETE
 from engram_checkpoints.run_checkpoints import complete_checkpoints
 from engram_megatron.errors import UsageError
-from engram_megatron.jobs.events import EVENTS_FILE, Event, read_events
+from engram_megatron.jobs.events import EVENTS_FILE, Event, job_ids, read_events
 from engram_megatron.jobs.metrics_tail import MetricsTail, metrics_tail
+from engram_megatron.jobs.replacement import found_bad
 from engram_megatron.jobs.run_state import State, silent_after, state_of
 from engram_megatron.jobs.slurm import queued_jobs
 from engram_megatron.training.heartbeat import Beat, read_heartbeats
@@ -51,7 +52,8 @@ class HostMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """`numbers`: the newest of each TensorBoard tag in the last logged step. Fields that are None are not known."""
+    """`numbers`: the newest of each TensorBoard tag in the last logged step. `bad_nodes`: those that jobs since the
+    last submission do without, and why. Fields that are None are not known."""
 
     run_dir: str
     name: str | None
@@ -70,7 +72,7 @@ class RunStatus:
     newest_checkpoint_age_s: float | None
     next_checkpoint: int | None
     starts: list[Event]
-    bad_nodes: list[str]
+    bad_nodes: dict[str, str]
     events: list[Event]
     rollbacks: list[Rollback]
     ranks: int
@@ -94,7 +96,7 @@ def read_status(run_dir: Path) -> RunStatus:
     state = state_of(
         beats,
         events,
-        queued_jobs(_job_ids(events)),
+        queued_jobs(job_ids(events)),
         now=now,
         beat_every_s=beat_every_s,
         is_complete=newest is not None and newest == num_steps,
@@ -121,7 +123,7 @@ def read_status(run_dir: Path) -> RunStatus:
         newest_checkpoint_age_s=now - (saved[-1] / COMPLETE).stat().st_mtime if saved else None,
         next_checkpoint=_next_checkpoint(step, num_steps, config.get("checkpoint", {}).get("every_steps", 0)),
         starts=[event for event in events if event.kind == "started"],
-        bad_nodes=sorted({name for event in events for name in event.fields.get("bad_nodes", {})}),
+        bad_nodes=found_bad(events),
         events=events,
         rollbacks=read_rollbacks(run_dir),
         ranks=len(beats),
@@ -160,14 +162,6 @@ def _config(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from error
     return config
-
-
-def _job_ids(events: Sequence[Event]) -> list[str]:
-    """Of the last submission and after; without one of all events."""
-    since = max((index for index, event in enumerate(events) if event.kind == "submitted"), default=0)
-    jobs = [event.job.partition(".")[0] for event in events[since:]]
-    jobs += [str(job) for event in events[since:] for job in event.fields.get("jobs", [])]
-    return sorted({job for job in jobs if job})
 
 
 def _seconds_per_step(beats: Sequence[Beat], tail: MetricsTail) -> float | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from textwrap import wrap
 
 from engram_megatron.jobs.run_state import in_words
 from engram_megatron.jobs.status import RunStatus
 from engram_megatron.training.run_events import Event, in_short
 
-MOST_EVENTS, MOST_STARTS, MOST_HOSTS, WIDTH = 10, 4, 4, 118
+MOST_EVENTS, MOST_STARTS, MOST_HOSTS, MOST_BAD_NODES, WIDTH = 10, 4, 4, 4, 118
 _GIB = 1 << 30
 
 
@@ -89,12 +90,18 @@ def _rank_lines(status: RunStatus) -> Iterator[str]:
 def _history_lines(status: RunStatus) -> Iterator[str]:
     if not status.events:
         return
-    yield f"starts       {len(status.starts)}" + (
-        f", bad nodes {in_short(status.bad_nodes)}" if status.bad_nodes else ""
-    )
-    for event in status.starts[-MOST_STARTS:]:
+    label = "bad nodes"
+    for name, why in list(status.bad_nodes.items())[-MOST_BAD_NODES:]:
+        yield from wrap(f"{name}: {why}", WIDTH, initial_indent=f"{label:<13}", subsequent_indent=" " * 15)
+        label = ""
+    if len(status.bad_nodes) > MOST_BAD_NODES:
+        yield f"             {len(status.bad_nodes) - MOST_BAD_NODES} more, found before"
+    yield f"starts       {len(status.starts)}"
+    asked = _asked_nodes(status.events)
+    for number, event in list(enumerate(status.starts))[-MOST_STARTS:]:
         step, nodes = event.fields.get("step"), event.fields.get("nodes", [])
-        yield f"  {_when(event)}  job {event.job or '-'}  from step {step} on {len(nodes)} nodes: {in_short(nodes)}"
+        count = f"{len(nodes)} of {asked[number]}" if len(nodes) < asked[number] else f"{len(nodes)}"
+        yield f"  {_when(event)}  job {event.job or '-'}  from step {step} on {count} nodes: {in_short(nodes)}"
     shown = status.events[-MOST_EVENTS:]
     yield f"events       the last {len(shown)} of {len(status.events)}"
     for event in shown:
@@ -103,6 +110,17 @@ def _history_lines(status: RunStatus) -> Iterator[str]:
 
 def _short(line: str) -> str:
     return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def _asked_nodes(events: Sequence[Event]) -> list[int]:
+    """For each start how many nodes its submission had asked for; 0 where that is not known."""
+    asked, of_starts = 0, []
+    for event in events:
+        if event.kind == "submitted":
+            asked = event.fields.get("nodes", 0)
+        if event.kind == "started":
+            of_starts.append(asked)
+    return of_starts
 
 
 def _when(event: Event) -> str:

@@ -15,6 +15,7 @@ from engram_megatron.jobs import slurm
 from engram_megatron.jobs.batch_script import Job, batch_script
 from engram_megatron.jobs.events import append_event
 from engram_megatron.jobs.frozen import Frozen, freeze, next_folder
+from engram_megatron.jobs.node_counts import NodeCounts, node_counts
 from engram_megatron.jobs.options import JobOptions
 from engram_megatron.overrides import apply_overrides, with_absolute_paths
 from engram_megatron.presets import preset
@@ -28,6 +29,7 @@ class Submission:
 
     config: RunConfig
     frozen: Frozen
+    counts: NodeCounts
 
     @property
     def job(self) -> Job:
@@ -56,7 +58,9 @@ class Submission:
         try:
             freeze(frozen)
             frozen.script.write_text(batch_script(self.job))
-            slurm.check_accepted(frozen.script)
+            if not any(line.startswith(("--nodelist", "-w")) for line in frozen.options.sbatch):
+                # With some of its nodes named, Slurm 22.05 tests a job as if there were no others.
+                slurm.check_accepted(frozen.script)
             job_ids = [slurm.submit(frozen.script) for _ in range(frozen.options.chain)]
         except (OSError, UsageError):
             shutil.rmtree(frozen.path, ignore_errors=True)
@@ -74,9 +78,10 @@ def prepare(preset_name: str, overrides: Sequence[str], options: JobOptions, *, 
     overrides = with_absolute_paths(preset(preset_name), overrides)  # jobs need not start where they were submitted
     config = apply_overrides(preset(preset_name), overrides)
     open_inputs(config, options.world_size, resume=resume)
+    counts = node_counts(config, options)
     run_dir = RunFolder(config.run_dir).path
     frozen = Frozen(path=next_folder(run_dir), options=options, preset=preset_name, overrides=tuple(overrides))
-    return Submission(config, frozen)
+    return Submission(config, frozen, counts)
 
 
 def job_name(run_dir: Path) -> str:

@@ -8,7 +8,8 @@
     a rank failed, or all hang             another try in this allocation, from the newest checkpoint
     the loss spiked, the run rolled back   another try in this allocation, from the checkpoint before the spike
     a user's mistake                       gave up
-    the preflight found bad nodes          the job ends, and another one is queued that excludes them
+    the preflight found bad nodes          the job ends, and another one is queued that excludes them (gave up
+                                           where Slurm has fewer than --min-nodes others)
     `retries` tries that came no further   gave up: this and later jobs of the submission end at once
 
 A node that is lost takes the job with it: Slurm puts it back into the queue, and the next start says so.
@@ -30,6 +31,7 @@ from engram_megatron.jobs.allocation_check import EXIT_USAGE, check_allocation
 from engram_megatron.jobs.events import Event, append_event, read_events
 from engram_megatron.jobs.frozen import Frozen
 from engram_megatron.jobs.job_log import JobLog
+from engram_megatron.jobs.replacement import no_others, queue_elsewhere
 from engram_megatron.jobs.training_step import Ended, TrainingStep, newest_step
 from engram_megatron.overrides import apply_overrides
 from engram_megatron.presets import preset
@@ -59,7 +61,7 @@ class Supervisor:
             print(f"nothing to do: the run {over.kind.replace('_', ' ')} in job {over.job}", flush=True)
             return 0
         self._tell_loss()
-        self._event("allocated", nodes=list(self.allocation.nodes))
+        self._event("allocated", **self.allocation.told(self.frozen.options.nodes))
         code = self._check_nodes()
         if code is not None:
             return code
@@ -107,14 +109,12 @@ class Supervisor:
             return self._give_up(self._log.first_error() or "the preflight ended with exit code 2")
         if not checked.bad_nodes:
             return None
-        excluded = excluded_nodes(read_events(self.run_dir), self.frozen.options.exclude)
+        bad = f"bad nodes {', '.join(checked.bad_nodes)}"
         try:
-            job_id = slurm.submit(
-                self.frozen.script, f"--exclude={excluded}", f"--dependency=afterany:{self.allocation.job_id}"
-            )
+            job_id = queue_elsewhere(self.frozen, self.allocation.job_id, read_events(self.run_dir))
         except UsageError as error:
-            return self._give_up(f"bad nodes {excluded}, and Slurm has no others: {error}")
-        self._event("requeued", reason=f"bad nodes {', '.join(checked.bad_nodes)}", next_job=job_id)
+            return self._give_up(f"{bad}, and {no_others(self.frozen.options)}: {error}")
+        self._event("requeued", reason=bad, next_job=job_id)
         return 0
 
     def _try(self, number: int) -> Ended:
@@ -184,16 +184,6 @@ class Supervisor:
     def _num_steps(self) -> int:
         config: RunConfig = apply_overrides(preset(self.frozen.preset), list(self.frozen.overrides))
         return config.training.num_steps
-
-
-def excluded_nodes(events: list[Event], exclude: str) -> str:
-    """What sbatch is told not to use: what the user said, and what preflights since the last submission found."""
-    names: list[str] = []
-    for event in events:
-        if event.kind == "submitted":
-            names = []
-        names += event.fields.get("bad_nodes", {})
-    return ",".join(dict.fromkeys([*([exclude] if exclude else []), *names]))
 
 
 def over_since_submission(events: list[Event]) -> Event | None:

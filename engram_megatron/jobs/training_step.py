@@ -39,7 +39,7 @@ class TrainingStep:
         self.folder = RunFolder(frozen.run_dir)
         self.started = time.time()
         where = [f"--address={allocation.nodes[0]}", f"--port={allocation.port(number)}"]
-        command = srun_command(frozen, len(allocation.nodes), python, [*where, *frozen.train_command()])
+        command = srun_command(frozen, allocation, python, [*where, *frozen.train_command()])
         self._process = subprocess.Popen(command, start_new_session=True)
 
     def wait(self, wants_stop: Callable[[], bool], on_hang: Callable[[float], None]) -> Ended:
@@ -75,22 +75,18 @@ class TrainingStep:
         return Ended(code, True, told["stopped_by"])
 
 
-def srun_command(frozen: Frozen, num_nodes: int, python: str, arguments: Sequence[str]) -> list[str]:
+def srun_command(frozen: Frozen, allocation: Allocation, python: str, arguments: Sequence[str]) -> list[str]:
     """What starts all ranks: a task per node under torchrun's agent, or a task per rank."""
-    ranks = frozen.options.ranks_on_node
-    command = ["srun", f"--nodes={num_nodes}", "--kill-on-bad-exit=1", f"--wait={_GRACE_S}"]
-    starter = "start_ranks.py"
+    ranks, program = frozen.options.ranks_on_node, "start_ranks.py"
+    command = [*allocation.tasks(), "--kill-on-bad-exit=1", f"--wait={_GRACE_S}"]
     if frozen.options.launcher == "srun":
-        starter = "start_rank.py"
+        program = "start_rank.py"
         # The allocation counts a task per node; ranks share its cores as torchrun's would.
-        command += [f"--ntasks-per-node={ranks}", f"--ntasks={num_nodes * ranks}", "--overcommit", "--cpu-bind=none"]
-    else:
-        command.append("--ntasks-per-node=1")
-    command.append("--label" if num_nodes > 1 or frozen.options.launcher == "srun" else "--unbuffered")
-    return [
-        *command,
-        *contained(frozen, [python, str(frozen.code / "slurm" / starter), f"--ranks={ranks}", *arguments]),
-    ]
+        command += [f"--ntasks-per-node={ranks}", "--overcommit", "--cpu-bind=none"]
+    one_task = len(allocation.nodes) == 1 and frozen.options.launcher == "torchrun"
+    command.append("--unbuffered" if one_task else "--label")
+    started = [python, str(frozen.code / "slurm" / program), f"--ranks={ranks}", *arguments]
+    return [*command, *contained(frozen, started)]
 
 
 def contained(frozen: Frozen, program: Sequence[str]) -> list[str]:

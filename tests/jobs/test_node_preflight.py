@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from namespaces import ADDRESSES, run_in_namespaces
+from other_zarr import OTHER_VERSION, install_other_zarr
 from ranks import free_port, run_ranks
 from tiny_run import TINY, tiny_config
 
@@ -119,10 +120,9 @@ def test_sound_nodes_pass_and_leave_a_report(tiny_corpus: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_bad_nodes_are_named_with_their_reasons(tiny_corpus: Path, tmp_path: Path) -> None:
-    """Of six: one has another numpy, one a small /dev/shm, one a network card that changes bytes, one does not come."""
-    port, folders, other = free_port(), (tiny_corpus, tmp_path / "run"), tmp_path / "other/numpy-9.9.9.dist-info"
-    other.mkdir(parents=True)
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9.9\n")
+    """Of six: one has another zarr, one a small /dev/shm, one a network card that changes bytes, one does not come."""
+    port, folders = free_port(), (tiny_corpus, tmp_path / "run")
+    install_other_zarr(tmp_path / "other")
     options = ("--wait", "40", "--node-names", "n0,n1,n2,n3,n4,n5")
     commands = [_command(rank, 6, "127.0.0.1", port, folders, *options) for rank in range(5)]
     commands[2] = [*SMALL_SHM, *commands[2]]
@@ -133,7 +133,7 @@ def test_bad_nodes_are_named_with_their_reasons(tiny_corpus: Path, tmp_path: Pat
     bad = report["bad_nodes"]
     assert report["errors"] == []
     assert sorted(bad) == ["n1", "n2", "n3", "n5"], bad
-    assert bad["n1"].startswith("numpy is 9.9.9 here and ")
+    assert bad["n1"].startswith(f"zarr is {OTHER_VERSION} here and ")
     assert bad["n2"].startswith("4.0 MiB of /dev/shm are needed by 1 ranks, 1.0 MiB of 1.0 MiB are free")
     assert bad["n3"].startswith("3 of its 3 links failed (to n")
     assert "gloo delivered 1 wrong bytes, the first at 54321" in bad["n3"]

@@ -33,6 +33,7 @@ def test_flags_stand_over_the_site_and_that_over_the_defaults(tmp_path: Path) ->
     ("flags", "told"),
     [
         ("--nodes 0", "--nodes 0 must be at least 1"),
+        ("--nodes 2 --min-nodes 3", "--min-nodes 3 must be at most --nodes 2"),
         ("--time 1h", "--time '1h' is no time of Slurm's"),
         ("--environment A", "--environment 'A' is not NAME=VALUE"),
         ("--sbatch exclusive", "--sbatch 'exclusive' is no option of sbatch's"),

@@ -72,7 +72,7 @@ def test_slow_and_silent_ranks_are_named_with_their_hosts(run: Path) -> None:
 
 
 def test_history_is_told_on_one_screen(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append_event(run, "submitted", jobs=["7"])
+    append_event(run, "submitted", jobs=["7"], nodes=64)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     append_event(run, "preflight", bad_nodes={"n3": "/dev/shm holds 1 GiB, 4 GiB are needed"})
     for number in range(40):
@@ -81,8 +81,9 @@ def test_history_is_told_on_one_screen(run: Path, monkeypatch: pytest.MonkeyPatc
     append_event(run, "started", **{"try": 41}, step=2000, nodes=["n0", "n1"])
     status = read_status(run)
     lines = list(status_lines(status))
-    assert (len(status.starts), status.bad_nodes) == (41, ["n3"])
-    assert any(line.endswith("job 7.0  from step 2000 on 2 nodes: n0 n1") for line in lines)
+    assert (len(status.starts), status.bad_nodes) == (41, {"n3": "/dev/shm holds 1 GiB, 4 GiB are needed"})
+    assert "bad nodes    n3: /dev/shm holds 1 GiB, 4 GiB are needed" in lines
+    assert any(line.endswith("job 7.0  from step 2000 on 2 of 64 nodes: n0 n1") for line in lines)
     assert any("reason out of memory out of memory" in line for line in lines)
     assert sum(" 7.0 " in line and "ended" in line for line in lines) <= MOST_EVENTS
     assert len(lines) < 40
@@ -113,6 +114,16 @@ def test_run_that_never_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     squeue(tmp_path / "bin", monkeypatch, 'echo "$@" > "$0.arguments"; echo "7|PENDING|Resources"')
     assert list(status_lines(read_status(tmp_path)))[1] == "state        queued: job 7 PENDING (Resources)"
     assert "--jobs=7,8" in (tmp_path / "bin/squeue.arguments").read_text()
+
+
+def test_job_that_takes_the_place_of_one_with_bad_nodes_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append_event(tmp_path, "submitted", jobs=["7"])
+    append_event(tmp_path, "requeued", reason="bad nodes n3", next_job="9")
+    squeue(tmp_path / "bin", monkeypatch, 'echo "$@" > "$0.arguments"; echo "9|PENDING|Resources"')
+    assert list(status_lines(read_status(tmp_path)))[1] == "state        queued: job 9 PENDING (Resources)"
+    assert "--jobs=7,9" in (tmp_path / "bin/squeue.arguments").read_text()
 
 
 @pytest.mark.parametrize(

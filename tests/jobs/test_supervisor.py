@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engram_megatron.jobs.events import Event
-from engram_megatron.jobs.supervisor import excluded_nodes, fruitless_tries, lost_start, over_since_submission
+from engram_megatron.jobs.replacement import excluded_nodes
+from engram_megatron.jobs.supervisor import fruitless_tries, lost_start, over_since_submission
 
 
 def _events(text: str) -> list[Event]:
