@@ -178,8 +178,8 @@ def assert_equal_ends(found: Run, expected: Run) -> None:
 
 @contextlib.contextmanager
 def cluster_of(nodes: int, *shm_mib: str) -> Iterator[Cluster]:
-    """A cluster of nodes of a core each: a rank computes in one thread, as it does on one host. Skips the test where none
-    can be."""
+    """A cluster of nodes of a core each: a rank computes in one thread, as it does on one host. Skips where none can
+    be."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path: sockets lie below it
         try:
             settings = cluster.up(Path(folder) / "c", nodes, 1, shm_mib, plain=False)
