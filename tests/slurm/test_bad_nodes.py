@@ -130,5 +130,5 @@ def test_run_that_loses_a_node_goes_on_with_fewer(run: Run, cluster: Cluster, ti
     losses, expected = train_losses(run.path), train_losses(undisturbed.path)
     assert sorted(losses) == list(range(1, STEPS + 1))
     assert [losses[i] for i in range(1, step + 1)] == [expected[i] for i in range(1, step + 1)]
-    # Sums over ranks and microbatches are taken in another order then, in float32.
+    # Sums over ranks and microbatches are taken in another order from there on, in float32: 4e-5 from step 10 to 40.
     assert losses == pytest.approx(expected, rel=1e-4)
