@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from slurm_runs import Cluster, Run
+from slurm_cluster import Cluster
+from slurm_runs import Run
 
 
 @dataclass(frozen=True)

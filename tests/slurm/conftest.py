@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from slurm_runs import Cluster, cluster_of
+from slurm_cluster import Cluster, cluster_of
 
 
 @pytest.fixture(scope="session")

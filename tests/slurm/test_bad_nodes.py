@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from other_zarr import FOLDERS, OTHER_VERSION, ZARR_VERSION, install_other_zarr, installed_zarr
-from slurm_runs import ROOT, Cluster, Run, cluster_of
+from slurm_cluster import ROOT, Cluster, cluster_of
+from slurm_runs import Run
 from tiny_run import train_losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

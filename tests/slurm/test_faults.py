@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster
 from slurm_faults import FAULTS, Fault
-from slurm_runs import Cluster, Run, assert_equal_ends
+from slurm_runs import Run, assert_equal_ends
 from tiny_run import Start, run_starts, tiny_config, train_losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_runs import Cluster, Run
+from slurm_cluster import Cluster
+from slurm_runs import Run
 from tiny_run import train_losses
 
 from engram_megatron.training.heartbeat import read_heartbeats

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from slurm_runs import Cluster, Run
+from slurm_cluster import Cluster
+from slurm_runs import Run
 from tiny_run import backbone, tables, train_losses
 from train_program import Program
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_case import job_fields, job_state, slurm, submit, wait_for_state
+from slurm_cluster import Cluster
 
 from engram_megatron.errors import UsageError
 from engram_megatron.local_cluster import cluster, network
 from engram_megatron.local_cluster.choose import shm_sizes
 from engram_megatron.local_cluster.machine import command_inside
 from engram_megatron.local_cluster.programs import missing_packages
-from engram_megatron.local_cluster.settings import ClusterSettings, load_settings
+from engram_megatron.local_cluster.settings import load_settings
 
 NODES = ["node1", "node2", "node3"]
 
@@ -34,13 +34,13 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def local_cluster(folder: Path) -> Iterator[ClusterSettings]:
+def local_cluster(folder: Path) -> Iterator[Cluster]:
     """Three nodes; /dev/shm of the second has 8 MiB."""
     if (because := network.why_no_namespaces()) is not None:
         pytest.skip(f"nodes cannot be namespaces here: {because}")
     settings = cluster.up(folder, len(NODES), 2, ["node2=8"])
     try:
-        yield settings
+        yield Cluster(settings)
     finally:
         if folder.exists():
             cluster.down(folder)
@@ -51,56 +51,56 @@ def _processes_of(folder: Path) -> list[psutil.Process]:
     return [found for found in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(found.info["cmdline"] or [])]
 
 
-def test_nodes_are_machines_of_their_own(local_cluster: ClusterSettings) -> None:
-    names = slurm(local_cluster, "srun", "-N3", "hostname").split()
+def test_nodes_are_machines_of_their_own(local_cluster: Cluster) -> None:
+    names = local_cluster.command("srun", "-N3", "hostname").split()
     assert sorted(names) == NODES
-    sizes = slurm(local_cluster, "srun", "-N3", "--label", "df", "--output=size", "-m", "/dev/shm")
+    sizes = local_cluster.command("srun", "-N3", "--label", "df", "--output=size", "-m", "/dev/shm")
     assert [line.split()[-1] for line in sizes.splitlines() if line.startswith("1:")] == ["1M-blocks", "8"]
-    slurm(local_cluster, "srun", "-N1", "-wnode1", "touch", "/dev/shm/mine", f"{local_cluster.scratch}/mine")
-    for path in ("/dev/shm/mine", f"{local_cluster.scratch}/mine"):
-        assert slurm(local_cluster, "srun", "-N3", "--label", "sh", "-c", f"ls {path} || true").split() == ["0:", path]
+    local_cluster.command("srun", "-N1", "-wnode1", "touch", "/dev/shm/mine", f"{local_cluster.settings.scratch}/mine")
+    for path in ("/dev/shm/mine", f"{local_cluster.settings.scratch}/mine"):
+        assert local_cluster.command("srun", "-N3", "--label", "sh", "-c", f"ls {path} || true").split() == ["0:", path]
 
 
-def test_nodes_reach_each_other_by_name_and_nobody_else(local_cluster: ClusterSettings) -> None:
+def test_nodes_reach_each_other_by_name_and_nobody_else(local_cluster: Cluster) -> None:
     listen = ["python3", "-c", "import socket; print(socket.create_server(('', 7000)).accept()[1][0])"]
-    inside = command_inside(local_cluster, "node1", listen)
+    inside = command_inside(local_cluster.settings, "node1", listen)
     with subprocess.Popen(inside, stdout=subprocess.PIPE, text=True) as server:
         knock = "for i in $(seq 50); do (exec 3<>/dev/tcp/node1/7000) 2>/dev/null && exit; sleep 0.1; done; exit 1"
-        slurm(local_cluster, "srun", "-N1", "-wnode3", "bash", "-c", knock)
-        assert server.communicate()[0].strip() == local_cluster.node("node3").address
-    routes = slurm(local_cluster, "srun", "-N1", "ip", "route")
+        local_cluster.command("srun", "-N1", "-wnode3", "bash", "-c", knock)
+        assert server.communicate()[0].strip() == local_cluster.settings.node("node3").address
+    routes = local_cluster.command("srun", "-N1", "ip", "route")
     assert "default" not in routes
 
 
 @pytest.mark.slow
-def test_job_of_a_crashed_node_goes_on_elsewhere(local_cluster: ClusterSettings) -> None:
-    job = submit(local_cluster, "srun sleep 600", "--requeue", "--nodes=1", "--nodelist=node1", "--output=/dev/null")
-    wait_for_state(local_cluster, job, ["RUNNING"])
-    cluster.crash(local_cluster, "node1")
+def test_job_of_a_crashed_node_goes_on_elsewhere(local_cluster: Cluster) -> None:
+    job = local_cluster.submit("srun sleep 600", "--requeue", "--nodes=1", "--nodelist=node1", "--output=/dev/null")
+    local_cluster.wait_for_state(job, ["RUNNING"])
+    local_cluster.crash("node1")
     with pytest.raises(UsageError, match="node1 is off already"):
-        cluster.crash(local_cluster, "node1")
-    wait_for_state(local_cluster, job, ["PENDING"], timeout_s=120)
-    assert job_fields(local_cluster, job)["Restarts"] == "1"
-    slurm(local_cluster, "scontrol", "update", f"jobid={job}", "reqnodelist=node3")
-    wait_for_state(local_cluster, job, ["RUNNING"], timeout_s=120)
-    assert job_fields(local_cluster, job)["NodeList"] == "node3"
-    cluster.boot(local_cluster, "node1")
-    assert slurm(local_cluster, "srun", "-N1", "-wnode1", "hostname").strip() == "node1"
-    slurm(local_cluster, "scancel", job)
+        local_cluster.crash("node1")
+    local_cluster.wait_for_state(job, ["PENDING"])
+    assert local_cluster.job_fields(job)["Restarts"] == "1"
+    local_cluster.command("scontrol", "update", f"jobid={job}", "reqnodelist=node3")
+    local_cluster.wait_for_state(job, ["RUNNING"])
+    assert local_cluster.job_fields(job)["NodeList"] == "node3"
+    local_cluster.boot("node1")
+    assert local_cluster.command("srun", "-N1", "-wnode1", "hostname").strip() == "node1"
+    local_cluster.command("scancel", job)
 
 
 @pytest.mark.slow
-def test_urgent_job_preempts(local_cluster: ClusterSettings) -> None:
-    low = submit(local_cluster, "sleep 600", "--requeue", "--nodes=3", "--exclusive", "--output=/dev/null")
-    wait_for_state(local_cluster, low, ["RUNNING"])
-    high = submit(local_cluster, "true", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null")
-    wait_for_state(local_cluster, high, ["COMPLETED"], timeout_s=120)
-    assert job_fields(local_cluster, low)["Restarts"] == "1"
-    assert job_state(local_cluster, low) in ("PENDING", "RUNNING", "REQUEUED", "COMPLETING")
-    slurm(local_cluster, "scancel", low)
+def test_urgent_job_preempts(local_cluster: Cluster) -> None:
+    low = local_cluster.submit("sleep 600", "--requeue", "--nodes=3", "--exclusive", "--output=/dev/null")
+    local_cluster.wait_for_state(low, ["RUNNING"])
+    high = local_cluster.submit("true", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null")
+    local_cluster.wait_for_state(high, ["COMPLETED"])
+    assert local_cluster.job_fields(low)["Restarts"] == "1"
+    assert local_cluster.job_state(low) in ("PENDING", "RUNNING", "REQUEUED", "COMPLETING")
+    local_cluster.command("scancel", low)
 
 
-def test_down_leaves_nothing(local_cluster: ClusterSettings, folder: Path) -> None:
+def test_down_leaves_nothing(local_cluster: Cluster, folder: Path) -> None:
     with pytest.raises(UsageError, match="is up in"):
         cluster.up(folder)
     assert _processes_of(folder)
@@ -114,13 +114,13 @@ def test_down_leaves_nothing(local_cluster: ClusterSettings, folder: Path) -> No
 
 
 def test_plain_processes(folder: Path) -> None:
-    settings = cluster.up(folder, 2, plain=True)
+    plain = Cluster(cluster.up(folder, 2, plain=True))
     try:
-        job = submit(settings, "(setsid sleep 86399 &) ; sleep 86399", "--nodelist=node1", "--output=/dev/null")
-        wait_for_state(settings, job, ["RUNNING"])
-        slurm(settings, "srun", "-N2", "sh", "-c", "until pgrep -f 'sleep 86399'; do sleep 0.1; done")
-        cluster.crash(settings, "node1")
-        assert [state.is_on for state in cluster.states(settings)] == [False, True]
+        job = plain.submit("(setsid sleep 86399 &) ; sleep 86399", "--nodelist=node1", "--output=/dev/null")
+        plain.wait_for_state(job, ["RUNNING"])
+        plain.command("srun", "-N2", "sh", "-c", "until pgrep -f 'sleep 86399'; do sleep 0.1; done")
+        plain.crash("node1")
+        assert [state.is_on for state in cluster.states(plain.settings)] == [False, True]
         assert not [found for found in psutil.process_iter(["cmdline"]) if found.info["cmdline"] == ["sleep", "86399"]]
     finally:
         cluster.down(folder)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_runs import Cluster, Run
+from slurm_cluster import Cluster
+from slurm_runs import Run
 from spiky_corpus import BATCH, build_spiky_corpus
 from tiny_run import train_losses
 
