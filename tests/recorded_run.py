@@ -70,7 +70,7 @@ if __name__ == "__main__":
     from train_program import train_module
 
     program = train_module()
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or "--nproc-per-node=1" in sys.argv:  # else it only starts the ranks
         from engram_megatron import platform
 
         platform.install()

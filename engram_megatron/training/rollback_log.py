@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_data.skipped_samples import Windows, union
+from engram_megatron.errors import UsageError
 
 SKIPPED_FILE = "skipped_windows.jsonl"
 
@@ -41,12 +42,16 @@ class Rollback:
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
-    """Oldest first; none without a file."""
+    """Oldest first; none without a file. Raises `UsageError` where somebody has damaged it."""
+    file = run_dir / SKIPPED_FILE
     try:
-        lines = (run_dir / SKIPPED_FILE).read_text().splitlines()
+        return [Rollback(**json.loads(line)) for line in file.read_text().splitlines()]
     except FileNotFoundError:
         return []
-    return [Rollback(**json.loads(line)) for line in lines]
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{file} is damaged ({error}); restore it: it says which samples the run leaves out"
+        ) from error
 
 
 def rollback_lines(rollbacks: Sequence[Rollback]) -> str:

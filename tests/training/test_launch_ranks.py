@@ -81,7 +81,7 @@ def test_omp_num_threads_of_the_user_stands(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("end", "code", "told"),
-    [("sys.exit(3)", 3, "ended with exit code 3"), ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL")],
+    [("sys.exit(5)", 5, "ended with exit code 5"), ("os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL")],
 )
 def test_failed_rank_ends_the_others_and_is_named(
     end: str, code: int, told: str, capfd: pytest.CaptureFixture[str]
@@ -96,8 +96,9 @@ def test_failed_rank_ends_the_others_and_is_named(
     assert told in line
 
 
-def test_usage_error_was_told_by_the_rank_itself(capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch_ranks(python("import sys; sys.exit(2)"), 2) == 2
+@pytest.mark.parametrize("code", [2, 3])
+def test_usage_error_or_rollback_was_told_by_the_rank_itself(code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_ranks(python(f"import sys; sys.exit({code})"), 2) == code
     assert capfd.readouterr().err == ""
 
 

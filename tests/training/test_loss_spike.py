@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
 from engram_megatron.config_spikes import SpikeConfig
 from engram_megatron.errors import UsageError
 from engram_megatron.training.loss_spike import LossSpikeError, LossWatch, Spike, checkpoint_before, find_spike
+from engram_megatron.training.rollback_log import SKIPPED_FILE, read_rollbacks
 
 CONFIG = SpikeConfig(max_rollbacks=1, window_steps=32, deviations=6.0, steps_in_a_row=3)
 
@@ -94,3 +96,10 @@ def test_policy_without_a_checkpoint_to_go_back_to_is_refused() -> None:
 )
 def test_newest_checkpoint_from_before_the_margin_is_taken(steps: list[int], expected: int | None) -> None:
     assert checkpoint_before(steps, Spike(400, 405, ""), margin_steps=100) == expected
+
+
+def test_damaged_log_is_told_in_a_line(tmp_path: Path) -> None:
+    assert read_rollbacks(tmp_path) == []
+    (tmp_path / SKIPPED_FILE).write_text('{"time": 1')
+    with pytest.raises(UsageError, match=r"skipped_windows.jsonl is damaged .*; restore it"):
+        read_rollbacks(tmp_path)

@@ -88,6 +88,11 @@ def test_resume_skips_the_window_and_is_the_run_that_never_read_it(
         state = TrainState.read(summary.checkpoint)
         assert state.skipped_samples == [[44, 60]]
         assert state.recent_losses == [found[step] for step in range(11, STEPS + 1)]
+    # A checkpoint that was copied elsewhere knows by itself.
+    saved = "checkpoints/step_00000016"
+    shutil.copytree(tmp_path / "resumed" / saved, tmp_path / "copied" / saved)
+    run_starts([Start(tiny_config(corpus, tmp_path / "copied", *RUN), resume=True)])
+    assert train_losses(tmp_path / "copied") == {step: found[step] for step in range(17, STEPS + 1)}
 
 
 def test_saves_on_the_nodes_that_have_read_what_is_skipped_are_not_taken(corpus: Path, tmp_path: Path) -> None:

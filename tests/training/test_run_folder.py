@@ -21,7 +21,7 @@ from engram_megatron.presets import engram_tiny
 from engram_megatron.training.run_folder import RunFolder, check_resumable
 
 LEAVES = {key: (value, field) for key, value, field in leaves(engram_tiny())}
-FREE = [key for key, (_, field) in LEAVES.items() if field.metadata == RESUME_FREE]
+FREE = [key for key, (_, field) in LEAVES.items() if field.metadata.items() >= RESUME_FREE.items()]
 FIXED = [key for key in LEAVES if key not in FREE]
 PAGE = Path(__file__).parents[2] / "docs/resume.md"
 
