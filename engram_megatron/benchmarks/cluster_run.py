@@ -56,9 +56,6 @@ class ClusterRun:
         """The job's id."""
         return run(self.submit_command(*words), client_environment(self.settings)).split()[1]
 
-    def slurm(self, *command: str) -> str:
-        return run(command, client_environment(self.settings))
-
     def log(self) -> str:
         return "".join(file.read_text() for file in sorted((self.path / "logs").glob("*.log")))
 

@@ -15,6 +15,7 @@ from engram_megatron.jobs.stacks import ranks_here
 from engram_megatron.local_cluster import cluster
 from engram_megatron.local_cluster.settings import ClusterSettings
 from engram_megatron.local_cluster.slurm_client import client_environment
+from engram_megatron.training.stop_signal import STOP_FILE
 
 START_RATIO = 2.5  # times torchrun by hand
 RESTART_S = 60.0
@@ -82,8 +83,8 @@ def faults(settings: ClusterSettings, folder: Path, corpus: Path, repeats: int) 
         yield Limited("a node is switched off, to first step, from Slurm's new start", first - started, RESTART_S)
         yield Limited("  before it: Slurm notices, and starts the job elsewhere", started - switched_off)
     finally:
-        disturbed.slurm("scancel", job)
-        disturbed.wait_for_end()
+        (disturbed.path / STOP_FILE).touch()
+    disturbed.wait_for_end()
 
 
 def _seconds_after_a_kill(disturbed: ClusterRun, start: int) -> float:
