@@ -1,4 +1,4 @@
-"""What ranks have said into the log of their job."""
+"""What ranks, srun and Slurm have said into the log of a job."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ _ERROR = re.compile(r"^(?:\d+: )?error: (.+)$", re.MULTILINE)  # with srun's lab
 _TASK = re.compile(
     r"^srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", re.MULTILINE
 )
+# Slurm's word when it ends a job; without DUE TO ... (TIME LIMIT, PREEMPTION, NODE FAILURE, JOB REQUEUE) for scancel.
+_ENDED = re.compile(r"^slurmstepd\S*: error: \*\*\* JOB \d+ ON \S+ CANCELLED AT \S+( DUE TO .+)? \*\*\*$", re.M)
 _SRUN_ENDS_OTHERS = "Terminating StepId"
 _KILLED = " was ended by SIG"  # of a rank: others then fail in a collective with it, and may be faster to say so
 
@@ -28,14 +30,22 @@ class JobLog:
     def first_error(self) -> str | None:
         """What went wrong since the mark: of a rank that was killed, else the first line `error: ...`, without that
         word; others are what came of it."""
-        try:
-            with self.path.open("rb") as stream:
-                stream.seek(self._from)
-                text = stream.read().decode(errors="replace")
-        except OSError:
-            return None
+        text = self._text()
         found = _ERROR.findall(text)
         killed = [line for line in found if _KILLED in line]
         tasks = _TASK.findall(text.partition(_SRUN_ENDS_OTHERS)[0])
         killed += [f"task {numbers} on {node} was ended by a signal: {how}" for node, numbers, how in tasks]
         return next(iter([*killed, *found]), None)
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody has ended the job for good, by scancel, since the mark. While its processes end, Slurm's
+        commands say no more than COMPLETING, as of a job that it puts back into the queue."""
+        return "" in _ENDED.findall(self._text())
+
+    def _text(self) -> str:
+        try:
+            with self.path.open("rb") as stream:
+                stream.seek(self._from)
+                return stream.read().decode(errors="replace")
+        except OSError:
+            return ""

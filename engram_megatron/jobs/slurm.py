@@ -95,11 +95,6 @@ def run_beside(program: Sequence[str], timeout_s: float) -> None:
         print(f"{program[1]} did not end within {timeout_s:g} s on every node", flush=True)
 
 
-def is_cancelled(job_id: str) -> bool:
-    """Whether somebody has asked Slurm to end the job for good."""
-    return _job_fields(job_id)["JobState"] == "CANCELLED"
-
-
 def why_signalled(job_id: str, signal_s: float) -> str | None:
     """What made Slurm send a running job the signal of its --signal, `signal_s` seconds before its end; None where it
     was neither a preemption nor the time limit: somebody's scancel --signal."""

@@ -53,7 +53,9 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         self._told_rollbacks = len(read_rollbacks(self.frozen.run_dir))
-        self._log = JobLog(self.frozen.run_dir / "logs" / f"{self.allocation.job_id}.log")
+        path = self.frozen.run_dir / "logs" / f"{self.allocation.job_id}.log"
+        self._job_log, self._log = JobLog(path), JobLog(path)  # since the start of this job, and of the last try
+        self._job_log.mark()
 
     def run(self) -> int:
         over = over_since_submission(read_events(self.run_dir))
@@ -161,7 +163,7 @@ class Supervisor:
         return slurm.why_signalled(self.allocation.job_id, self.frozen.options.signal_s) or self.signals[0]
 
     def _requeue(self, reason: str) -> int:
-        if slurm.is_cancelled(self.allocation.job_id):
+        if self._job_log.is_cancelled():
             self._event("stopped", step=newest_step(self.run_dir), reason="scancel")
             return 0
         self._event("requeued", reason=reason)

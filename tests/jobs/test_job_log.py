@@ -25,3 +25,18 @@ def test_tasks_that_srun_itself_ends_are_not_the_reason(tmp_path: Path) -> None:
     assert log.first_error() == "task 1 on node2 was ended by a signal: Killed"
     log.path.write_text("0: error: loss is nan\nsrun: Terminating StepId=4.1\nsrun: error: node2: tasks 2-3: Killed\n")
     assert log.first_error() == "loss is nan"
+
+
+def test_job_that_somebody_cancelled_is_told_from_one_that_slurm_ends(tmp_path: Path) -> None:
+    log = JobLog(tmp_path / "4.log")
+    assert not log.is_cancelled()
+    word = "slurmstepd-node1: error: *** JOB 4 ON node1 CANCELLED AT 2026-11-26T08:16:30"
+    log.path.write_text(
+        f"{word} DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***\n{word} DUE TO JOB REQUEUE ***\n"
+    )
+    assert not log.is_cancelled()
+    with log.path.open("a") as stream:
+        stream.write(f"0: step 1\n{word} ***\n")
+    assert log.is_cancelled()
+    log.mark()
+    assert not log.is_cancelled(), "of an earlier start"

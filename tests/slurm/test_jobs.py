@@ -79,3 +79,16 @@ def test_srun_starts_ranks_without_torchrun(run: Run, tiny_corpus: Path) -> None
     assert [start.fields["step"] for start in run.events("started")] == [0, 20]
     assert [beat.host for beat in read_heartbeats(run.path)] == ["node1", "node1", "node2", "node2"]
     assert sorted(train_losses(run.path)) == list(range(1, 121))
+
+
+def test_scancel_ends_a_run_until_it_is_submitted_again(slurm_cluster: Cluster, run: Run, tiny_corpus: Path) -> None:
+    job = run.submit(tiny_corpus, *OPTIONS, *JOB)
+    run.wait_for_step(10)
+    slurm_cluster.command("scancel", job)
+    assert run.wait_for_event("stopped").fields["reason"] == "scancel"
+    slurm_cluster.wait_for_state(job, ["CANCELLED"])
+    assert run.status()["state"]["name"] == "stopped"
+    run.submit(tiny_corpus, *OPTIONS, *JOB, "--resume")
+    run.wait_for_event("finished")
+    assert run.events("started")[1].fields["step"] >= 10, "saved at the scancel"
+    assert sorted(train_losses(run.path)) == list(range(1, 121))
