@@ -10,8 +10,10 @@ _ERROR = re.compile(r"^(?:\d+: )?error: (.+)$", re.MULTILINE)  # with srun's lab
 _TASK = re.compile(
     r"^srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", re.MULTILINE
 )
-# Slurm's word when it ends a job; without DUE TO ... (TIME LIMIT, PREEMPTION, NODE FAILURE, JOB REQUEUE) for scancel.
-_ENDED = re.compile(r"^slurmstepd\S*: error: \*\*\* JOB \d+ ON \S+ CANCELLED AT \S+( DUE TO .+)? \*\*\*$", re.M)
+# Slurm's word when it ends a job.
+_ENDED = re.compile(
+    r"^slurmstepd\S*: error: \*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([^,]+?)(?:,.*)?)? \*\*\*$", re.M
+)
 _SRUN_ENDS_OTHERS = "Terminating StepId"
 _KILLED = " was ended by SIG"  # of a rank: others then fail in a collective with it, and may be faster to say so
 
@@ -37,10 +39,11 @@ class JobLog:
         killed += [f"task {numbers} on {node} was ended by a signal: {how}" for node, numbers, how in tasks]
         return next(iter([*killed, *found]), None)
 
-    def is_cancelled(self) -> bool:
-        """Whether somebody has ended the job for good, by scancel, since the mark. While its processes end, Slurm's
-        commands say no more than COMPLETING, as of a job that it puts back into the queue."""
-        return "" in _ENDED.findall(self._text())
+    def ended_by(self) -> str | None:
+        """Why Slurm has ended the job since the mark, in its words: NODE FAILURE, TIME LIMIT, PREEMPTION, JOB REQUEUE;
+        "" for scancel; None while it has not. Its commands say no more than COMPLETING as long as processes end."""
+        found = _ENDED.findall(self._text())
+        return found[-1] if found else None
 
     def _text(self) -> str:
         try:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -145,7 +146,7 @@ class Supervisor:
         if ended.hung_s is not None:
             reason = f"no progress for {ended.hung_s:.0f} s"
         else:
-            reason = self._log.first_error() or f"exit code {ended.code}"
+            reason = self._lost_nodes() or self._log.first_error() or f"exit code {ended.code}"
         self._event("ended", code=ended.code, reason=reason, step=step)
         if ended.code == EXIT_USAGE and ended.hung_s is None:
             return self._give_up(reason)
@@ -159,11 +160,21 @@ class Supervisor:
         slurm.run_beside(program, _STACKS_S)
         self._event("hang", step=newest_step(self.run_dir), seconds=round(idle_s, 1), stacks=str(stacks))
 
+    def _lost_nodes(self) -> str | None:
+        """What Slurm says of them, where it ends this job for their loss."""
+        if self._job_log.ended_by() != "NODE FAILURE":
+            return None
+        return in_words(slurm.unusable_nodes(self.allocation.nodes)) or "a node failed"
+
     def _why_signalled(self) -> str:
-        return slurm.why_signalled(self.allocation.job_id, self.frozen.options.signal_s) or self.signals[0]
+        return (
+            self._lost_nodes()
+            or slurm.why_signalled(self.allocation.job_id, self.frozen.options.signal_s)
+            or self.signals[0]
+        )
 
     def _requeue(self, reason: str) -> int:
-        if self._job_log.is_cancelled():
+        if self._job_log.ended_by() == "":  # scancel
             self._event("stopped", step=newest_step(self.run_dir), reason="scancel")
             return 0
         self._event("requeued", reason=reason)
@@ -196,6 +207,10 @@ def over_since_submission(events: list[Event]) -> Event | None:
         if event.kind in _OVER:
             return event
     return None
+
+
+def in_words(states: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} is {state}" for name, state in states.items())
 
 
 def lost_start(events: list[Event]) -> Event | None:

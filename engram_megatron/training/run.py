@@ -1,40 +1,27 @@
-"""A whole run on one rank: build, resume, loop, save, close."""
+"""A whole run on one rank: build, resume, loop, close."""
 
 from __future__ import annotations
 
-import socket
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
-
-from engram_checkpoints.train_state import TrainState
 from engram_data.batch import Batch
-from engram_data.skipped_samples import Windows, union
-from engram_data.stream import TokenStream
+from engram_data.skipped_samples import Windows
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
-from engram_megatron.model.backbone_config import TORCH_DTYPE
-from engram_megatron.model.builder import build_model_chunks, wrap_data_parallel
-from engram_megatron.optimizer.backbone import build_backbone_optimizer
 from engram_megatron.training import parallel
-from engram_megatron.training.checkpoint_writer import CheckpointWriter
-from engram_megatron.training.checkpointing import Checkpointer, Progress
-from engram_megatron.training.conditional_memory import ConditionalMemory
-from engram_megatron.training.heartbeat import Heartbeat, Phase, remove_beats_of_others
-from engram_megatron.training.loss_spike import LossSpikeError, LossWatch, RolledBackError, Spike
-from engram_megatron.training.metrics import MetricsLog
+from engram_megatron.training.heartbeat import Heartbeat
+from engram_megatron.training.live_run import LiveRun, build_run
+from engram_megatron.training.loss_spike import LossSpikeError, RolledBackError, Spike
 from engram_megatron.training.node_resume import publish_newest
-from engram_megatron.training.node_snapshots import NodeSnapshots, node_snapshots
-from engram_megatron.training.parallel import Ranks
-from engram_megatron.training.preflight import Inputs, open_inputs, resumed, stream_of
+from engram_megatron.training.node_snapshots import node_snapshots
+from engram_megatron.training.preflight import Inputs, open_inputs, resumed
 from engram_megatron.training.profiler import profiler_of_steps
 from engram_megatron.training.rollback import roll_back, settle_rollbacks
 from engram_megatron.training.run_folder import RunFolder, write_json
 from engram_megatron.training.stop_signal import StopSignal
-from engram_megatron.training.trainer import NonFiniteLossError, StepResult, Trainer
+from engram_megatron.training.trainer import NonFiniteLossError, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,44 +34,6 @@ class RunSummary:
     last_validation_loss: float
     checkpoint: Path
     stopped_by: str | None
-
-
-@dataclass(eq=False)
-class _Run:
-    """What the loop needs on one rank. `log` exists on the first rank only."""
-
-    config: RunConfig
-    ranks: Ranks
-    folder: RunFolder
-    trainer: Trainer
-    checkpointer: Checkpointer
-    train: TokenStream
-    validation: TokenStream
-    heartbeat: Heartbeat
-    log: MetricsLog | None
-    step: int  # updates done
-    tokens_seen: int
-    skipped: Windows
-    losses: LossWatch
-    saved_step: int = -1
-    snapshots: NodeSnapshots | None = None
-
-    def say(self, line: str) -> None:
-        if self.log is not None:
-            self.log.say(line)
-
-    def progress(self, phase: Phase) -> None:
-        self.heartbeat.progress(self.step, phase)
-
-    @property
-    def to_save(self) -> Progress:
-        return Progress(
-            step=self.step, tokens_seen=self.tokens_seen, skipped=self.skipped, recent_losses=self.losses.losses
-        )
-
-    @property
-    def writer(self) -> CheckpointWriter:
-        return self.checkpointer.writer
 
 
 def train(
@@ -134,13 +83,13 @@ def _train(
         published = publish_newest(config, folder, ranks, skipped)
     if has_moved or published is not None:
         inputs = resumed(inputs, config)
-    run = _build(config, ranks, folder, inputs, skipped, heartbeat, on_table_failure)
+    run = build_run(config, ranks, folder, inputs, skipped, heartbeat, on_table_failure)
     if config.checkpoint.local_dir:
         run.snapshots = node_snapshots(config, folder, ranks, keep=published)
     try:
         summary = _loop(run, stop)
     except (NonFiniteLossError, LossSpikeError) as error:
-        _finish_saving(run)  # all ranks are here, and the message names the last checkpoint
+        run.finish_saving()  # all ranks are here, and the message names the last checkpoint
         _roll_back(run, error)
         raise
     finally:
@@ -158,74 +107,7 @@ def _train(
     return summary
 
 
-def _build(
-    config: RunConfig,
-    ranks: Ranks,
-    folder: RunFolder,
-    inputs: Inputs,
-    skipped: Windows,
-    heartbeat: Heartbeat,
-    on_table_failure: Callable[[BaseException], None] | None,
-) -> _Run:
-    """`skipped`: what the run leaves out by its folder's log; the checkpoint may know of more."""
-    memory = None
-    if inputs.hasher is not None:
-        memory = ConditionalMemory(
-            config,
-            inputs.hasher,
-            ranks,
-            shards_on_host=_ranks_on_this_host(ranks),
-            on_failure=on_table_failure,
-        )
-    chunks = wrap_data_parallel(
-        build_model_chunks(config),
-        TORCH_DTYPE[config.training.dtype],
-        distributed_optimizer=config.parallel.distributed_optimizer,
-    )
-    optimizer = build_backbone_optimizer(chunks, config)
-    writer = CheckpointWriter(ranks, config.parallel.collective_timeout_s)
-    checkpointer = Checkpointer(folder, config, ranks, chunks, optimizer, memory, inputs.train, writer)
-    state = _restore(config, checkpointer, inputs)
-    step, tokens_seen, losses = 0, 0, list[float]()
-    if state is not None:
-        step, tokens_seen, losses = state.step, state.tokens_seen, state.recent_losses
-        skipped = union([*skipped, *state.skipped_samples])
-    log = None
-    if ranks.is_first:
-        folder.claim(config)
-        remove_beats_of_others(folder.path, ranks.world_size)
-        log = MetricsLog(folder, first_step=step, num_steps=config.training.num_steps, output=sys.stdout)
-        log.describe(config, ranks.world_size)
-    return _Run(
-        config=config,
-        ranks=ranks,
-        folder=folder,
-        trainer=Trainer(config, ranks, chunks, optimizer, memory),
-        checkpointer=checkpointer,
-        train=stream_of(config, inputs.train, data_rank=ranks.data_rank, data_ranks=ranks.data_ranks, skipped=skipped),
-        validation=stream_of(config, inputs.validation, data_rank=ranks.data_rank, data_ranks=ranks.data_ranks),
-        heartbeat=heartbeat,
-        log=log,
-        step=step,
-        tokens_seen=tokens_seen,
-        skipped=skipped,
-        losses=LossWatch(config.spikes, losses),
-        saved_step=step if inputs.resume_from is not None else -1,
-    )
-
-
-def _restore(config: RunConfig, checkpointer: Checkpointer, inputs: Inputs) -> TrainState | None:
-    """Fill weights and tables; returns what a checkpoint that the run continues from says."""
-    if inputs.resume_from is not None:
-        return checkpointer.load(inputs.resume_from)
-    if config.checkpoint.init_from:
-        checkpointer.load_weights(Path(config.checkpoint.init_from))
-    elif checkpointer.memory is not None:
-        checkpointer.memory.initialize(config.training.seed)
-    return None
-
-
-def _loop(run: _Run, stop: StopSignal) -> RunSummary:
+def _loop(run: LiveRun, stop: StopSignal) -> RunSummary:
     config, num_steps = run.config, run.config.training.num_steps
     first_validation = last_validation = _validate(run)
     stopped_by = _stopped_before_the_first_step(run, stop)
@@ -240,7 +122,7 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
             run.tokens_seen += result.num_tokens
             run.heartbeat.stepped(run.step, result.seconds, result.gather_wait_s, result.compute_s)
             _log_step(run, result)
-            _log_saved(run)
+            run.log_saved()
             run.losses.add(run.step, result.loss)
             if profiler is not None:
                 profiler.step()
@@ -249,13 +131,13 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
             elif _due(run.step, config.training.validate_every_steps) and run.step < num_steps:
                 last_validation = _validate(run)
             if _due(run.step, config.checkpoint.every_steps):
-                _save(run)
+                run.save()
             elif _due(run.step, config.checkpoint.local_every_steps) and run.step < num_steps and stopped_by is None:
-                _save_on_nodes(run)
+                run.save_on_nodes()
     if stopped_by is None:
         last_validation = _validate(run)
-    _save(run)
-    _finish_saving(run)
+    run.save()
+    run.finish_saving()
     return RunSummary(
         step=run.step,
         tokens_seen=run.tokens_seen,
@@ -266,7 +148,7 @@ def _loop(run: _Run, stop: StopSignal) -> RunSummary:
     )
 
 
-def _roll_back(run: _Run, error: NonFiniteLossError | LossSpikeError) -> None:
+def _roll_back(run: LiveRun, error: NonFiniteLossError | LossSpikeError) -> None:
     """Raise what becomes of a run whose loss has spiked; without `spikes.max_rollbacks` nothing does."""
     if run.config.spikes.max_rollbacks == 0:
         return
@@ -276,7 +158,7 @@ def _roll_back(run: _Run, error: NonFiniteLossError | LossSpikeError) -> None:
     raise RolledBackError(f"the loss spiked; rolled {rollback.details}; continue with --resume") from error
 
 
-def _stopped_before_the_first_step(run: _Run, stop: StopSignal) -> str | None:
+def _stopped_before_the_first_step(run: LiveRun, stop: StopSignal) -> str | None:
     """Later stop requests travel with the loss of a step."""
     reason = stop.reason()
     asked = parallel.sum_over_ranks([float(reason is not None)], run.ranks)[0]
@@ -287,14 +169,14 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _log_step(run: _Run, result: StepResult) -> None:
+def _log_step(run: LiveRun, result: StepResult) -> None:
     if _due(run.step, run.config.training.log_every_steps) or run.step == run.config.training.num_steps:
         values = run.trainer.metrics(result)  # collective
         if run.log is not None:
             run.log.step(run.step, values | {"data/tokens_seen": float(run.tokens_seen)})
 
 
-def _validate(run: _Run) -> float:
+def _validate(run: LiveRun) -> float:
     available = run.validation.num_samples // run.config.training.global_batch_size
     batches = max(1, min(run.config.training.validation_batches, available))
 
@@ -307,44 +189,3 @@ def _validate(run: _Run) -> float:
     if run.log is not None:
         run.log.validation(run.step, {"validation/loss": loss})
     return loss
-
-
-def _save(run: _Run) -> None:
-    if run.saved_step != run.step:
-        run.progress("saving")
-        run.checkpointer.save(run.to_save)
-        run.saved_step = run.step
-        run.progress("training")
-        _log_saved(run)
-
-
-def _save_on_nodes(run: _Run) -> None:
-    assert run.snapshots is not None, "the config was validated"
-    run.progress("saving")
-    target = run.snapshots.target(run.step)
-    run.checkpointer.save_to(target, run.to_save, may_be_delta=False)
-    run.progress("training")
-    _log_saved(run)
-
-
-def _finish_saving(run: _Run) -> None:
-    run.progress("saving")
-    run.writer.finish()
-    _log_saved(run)
-
-
-def _log_saved(run: _Run) -> None:
-    """Not collective: ranks learn at their own time of a checkpoint that is complete."""
-    for saved in run.writer.take_saved():
-        if run.log is not None:
-            tag = saved.target.metric
-            values = {f"{tag}/seconds": saved.seconds, f"{tag}/stall_ms": saved.stall_s * 1e3}
-            run.log.saved(saved.step, values, str(saved.target))
-    for failure in run.writer.take_failures():
-        run.say(f"warning: {failure}")
-
-
-def _ranks_on_this_host(ranks: Ranks) -> int:
-    hosts: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(hosts, socket.gethostname(), group=ranks.host_group)
-    return hosts.count(socket.gethostname())

@@ -29,14 +29,15 @@ def test_tasks_that_srun_itself_ends_are_not_the_reason(tmp_path: Path) -> None:
 
 def test_job_that_somebody_cancelled_is_told_from_one_that_slurm_ends(tmp_path: Path) -> None:
     log = JobLog(tmp_path / "4.log")
-    assert not log.is_cancelled()
+    assert log.ended_by() is None
     word = "slurmstepd-node1: error: *** JOB 4 ON node1 CANCELLED AT 2026-11-26T08:16:30"
-    log.path.write_text(
-        f"{word} DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***\n{word} DUE TO JOB REQUEUE ***\n"
-    )
-    assert not log.is_cancelled()
-    with log.path.open("a") as stream:
-        stream.write(f"0: step 1\n{word} ***\n")
-    assert log.is_cancelled()
+    for more, why in (
+        (" DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS", "NODE FAILURE"),
+        (" DUE TO JOB REQUEUE", "JOB REQUEUE"),
+        ("", ""),
+    ):
+        with log.path.open("a") as stream:
+            stream.write(f"0: step 1\n{word}{more} ***\n")
+        assert log.ended_by() == why
     log.mark()
-    assert not log.is_cancelled(), "of an earlier start"
+    assert log.ended_by() is None, "of an earlier start"

@@ -70,8 +70,8 @@ def test_run_that_is_queued_is_not_submitted_again(run: Run, tiny_corpus: Path) 
 
 
 def test_srun_starts_ranks_without_torchrun(run: Run, tiny_corpus: Path) -> None:
-    words = (*OPTIONS, "tables.ranks_per_node=2", *JOB, "--ranks-per-node=2", "--launcher=srun")
-    run.submit(tiny_corpus, *words)
+    ranks = ("training.micro_batch_size=1", "tables.ranks_per_node=2", "--ranks-per-node=2", "--launcher=srun")
+    run.submit(tiny_corpus, *OPTIONS, *JOB, *ranks)
     run.wait_for_step(25)
     run.rank(3).kill()
     run.wait_until_finished()
