@@ -6,15 +6,13 @@ import re
 from pathlib import Path
 
 _ERROR = re.compile(r"^(?:\d+: )?error: (.+)$", re.MULTILINE)  # with srun's label of the task
-# srun's word of a task that a signal ended: nobody else tells it without torchrun's agent. Then srun ends the others.
-_TASK = re.compile(
-    r"^srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", re.MULTILINE
-)
+# srun's word of a task that a signal ended: nobody else tells it without torchrun's agent.
+_TASK = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (Killed|Segmentation fault|Bus error|Aborted)", re.M)
+_LOST_PEER = " by peer"  # connection closed, reset
 # Slurm's word when it ends a job.
 _ENDED = re.compile(
     r"^slurmstepd\S*: error: \*\*\* JOB \d+ ON \S+ CANCELLED AT \S+(?: DUE TO ([^,]+?)(?:,.*)?)? \*\*\*$", re.M
 )
-_SRUN_ENDS_OTHERS = "Terminating StepId"
 _KILLED = " was ended by SIG"  # of a rank: others then fail in a collective with it, and may be faster to say so
 
 
@@ -34,10 +32,15 @@ class JobLog:
         word; others are what came of it."""
         text = self._text()
         found = _ERROR.findall(text)
-        killed = [line for line in found if _KILLED in line]
-        tasks = _TASK.findall(text.partition(_SRUN_ENDS_OTHERS)[0])
-        killed += [f"task {numbers} on {node} was ended by a signal: {how}" for node, numbers, how in tasks]
-        return next(iter([*killed, *found]), None)
+        killed = next((line for line in found if _KILLED in line), None)
+        if killed is not None:
+            return killed
+        first = next(iter(found), None)
+        # Those that srun itself ends, as the others have failed, are told alike, but not by an error of a lost peer.
+        if first is None or _LOST_PEER in first:
+            for node, numbers, how in _TASK.findall(text):
+                return f"task {numbers} on {node} was ended by a signal: {how}"
+        return first
 
     def ended_by(self) -> str | None:
         """Why Slurm has ended the job since the mark, in its words: NODE FAILURE, TIME LIMIT, PREEMPTION, JOB REQUEUE;

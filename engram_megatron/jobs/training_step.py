@@ -82,7 +82,8 @@ def srun_command(frozen: Frozen, allocation: Allocation, python: str, arguments:
     if frozen.options.launcher == "srun":
         program = "start_rank.py"
         # The allocation counts a task per node; ranks share its cores as torchrun's would.
-        command += [f"--ntasks-per-node={ranks}", "--overcommit", "--cpu-bind=none"]
+        tasks = [f"--ntasks={ranks * len(allocation.nodes)}", f"--ntasks-per-node={ranks}"]
+        command += [*tasks, "--overcommit", "--cpu-bind=none"]
     one_task = len(allocation.nodes) == 1 and frozen.options.launcher == "torchrun"
     command.append("--unbuffered" if one_task else "--label")
     started = [python, str(frozen.code / "slurm" / program), f"--ranks={ranks}", *arguments]

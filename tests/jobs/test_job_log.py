@@ -19,12 +19,13 @@ def test_first_error_since_the_mark_is_the_reason(tmp_path: Path) -> None:
     assert log.first_error() == "run_job�"
 
 
-def test_tasks_that_srun_itself_ends_are_not_the_reason(tmp_path: Path) -> None:
+def test_task_that_a_signal_ended_is_the_reason_where_others_lost_a_peer(tmp_path: Path) -> None:
     log = JobLog(tmp_path / "1.log")
-    log.path.write_text("0: error: a peer is gone\nsrun: error: node2: task 1: Killed\nsrun: Terminating StepId=4.1\n")
-    assert log.first_error() == "task 1 on node2 was ended by a signal: Killed"
-    log.path.write_text("0: error: loss is nan\nsrun: Terminating StepId=4.1\nsrun: error: node2: tasks 2-3: Killed\n")
-    assert log.first_error() == "loss is nan"
+    ends = "srun: Terminating StepId=4.1\nsrun: error: node2: task 3: Killed\n"
+    log.path.write_text(f"0: error: rank 0 failed: Connection reset by peer\n{ends}")
+    assert log.first_error() == "task 3 on node2 was ended by a signal: Killed"
+    log.path.write_text(f"0: error: loss is nan\n{ends}")
+    assert log.first_error() == "loss is nan", "srun has killed what was left"
 
 
 def test_job_that_somebody_cancelled_is_told_from_one_that_slurm_ends(tmp_path: Path) -> None:
