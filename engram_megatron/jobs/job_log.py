@@ -31,7 +31,7 @@ class JobLog:
         """What went wrong since the mark: of a rank that was killed, else the first line `error: ...`, without that
         word; others are what came of it."""
         text = self._text()
-        found = _ERROR.findall(text)
+        found: list[str] = _ERROR.findall(text)
         killed = next((line for line in found if _KILLED in line), None)
         if killed is not None:
             return killed
