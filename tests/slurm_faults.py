@@ -33,10 +33,6 @@ def _signal(cluster: Cluster, run: Run) -> None:
     cluster.command("scancel", "--signal=USR1", run.job)
 
 
-def _signal_to_batch_step(cluster: Cluster, run: Run) -> None:
-    cluster.command("scancel", "--batch", "--signal=USR1", run.job)
-
-
 def _near_time_limit(cluster: Cluster, run: Run) -> None:
     requeues = len(run.events("requeued"))
     with _held(run):  # Slurm looks at limits every half minute
@@ -87,7 +83,6 @@ FAULTS = [
     Fault("a rank is killed", _kill_rank, "was ended by SIGKILL"),
     Fault("a rank hangs", _stop_rank, "no progress for "),
     Fault("signal", _signal, "stopped by SIGUSR1"),
-    Fault("signal to the batch step", _signal_to_batch_step, "stopped by SIGUSR1"),
     Fault("the time limit nears", _near_time_limit, "stopped by the time limit"),
     Fault("preemption", _preempt, "stopped by a preemption"),
     Fault("a slurmd is killed", _kill_slurmd, " is down"),

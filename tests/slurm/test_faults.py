@@ -16,9 +16,9 @@ from tiny_run import Start, run_starts, tiny_config, train_losses
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 EVERY = 20  # steps from a checkpoint to the next
-STEPS = 120
+STEPS = 80
 RANDOM_FAULTS = int(os.environ.get("RANDOM_FAULTS", "3"))
-STEPS_PER_FAULT = 60
+STEPS_PER_FAULT = 40
 JOB = ("--ranks-per-node=1", "--time=2:00:00", "--memory=100", "--hang-s=45", "--exclude=node4")
 
 
@@ -65,6 +65,10 @@ def test_run_ends_as_if_nothing_had_happened(
     assert len(starts) == 2, run.told()
     assert starts[1].fields["step"] >= EVERY, "from the newest checkpoint"
     assert fault.told in "".join(event.fields["reason"] for event in run.events("ended", "lost")), run.told()
+    for hang in run.events("hang"):
+        stacks = Path(hang.fields["stacks"])
+        assert "stopped" in (stacks / "rank_00001.txt").read_text().splitlines()[0]
+        assert "training/run.py" in (stacks / "rank_00000.txt").read_text()
     assert_equal_ends(run, undisturbed)
 
 
