@@ -28,6 +28,9 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a run folder that cannot be written: what happens to the run could not be told
+        print(f"error: the job ends: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

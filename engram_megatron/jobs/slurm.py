@@ -97,8 +97,11 @@ def run_beside(program: Sequence[str], timeout_s: float) -> None:
 
 def why_signalled(job_id: str, signal_s: float) -> str | None:
     """What made Slurm send a running job the signal of its --signal, `signal_s` seconds before its end; None where it
-    was neither a preemption nor the time limit: somebody's scancel --signal."""
-    told = _job_fields(job_id)
+    was neither a preemption nor the time limit (somebody's scancel --signal), or where Slurm does not answer."""
+    try:
+        told = _job_fields(job_id)
+    except SlurmError:
+        return None
     if told.get("PreemptTime", "None") != "None":
         return "a preemption"
     try:
@@ -114,10 +117,12 @@ def hosts_of(node_list: str) -> list[str]:
 
 
 def unusable_nodes(names: Sequence[str]) -> dict[str, str]:
-    """Those of the nodes that Slurm starts no jobs on, and its word for each: down, drained."""
-    if not names:
+    """Those of the nodes that Slurm starts no jobs on, and its word for each: down, drained. None known where it does
+    not answer."""
+    try:
+        shown = _run("sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %T")
+    except SlurmError:
         return {}
-    shown = _run("sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %T")
     states = dict(line.split(maxsplit=1) for line in shown.splitlines())
     return {name: state.rstrip("*") for name, state in states.items() if state.startswith(_UNUSABLE)}
 

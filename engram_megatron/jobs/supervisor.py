@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from engram_megatron.presets import preset
 from engram_megatron.training.rollback_log import as_fields, read_rollbacks
 
 _STACKS_S = 120.0
+_REQUEUE_AGAIN_S = 30.0
 _WITH_JOB = ("allocated", "preflight", "started", "hang")  # events that a job lives to follow by another
 _OVER = ("finished", "gave_up", "stopped")
 
@@ -95,11 +97,8 @@ class Supervisor:
         """Of the job's last start, where nobody was left to tell it."""
         lost = lost_start(read_events(self.run_dir))
         if lost is not None:
-            states = slurm.unusable_nodes(lost.fields.get("nodes", []))
-            told = ", ".join(f"{name} is {state}" for name, state in states.items())
-            self._event(
-                "lost", reason=told or "its nodes are up again, or were never down", step=newest_step(self.run_dir)
-            )
+            reason = in_words(slurm.unusable_nodes(lost.fields["nodes"])) or "its nodes are up by now"
+            self._event("lost", reason=reason, step=newest_step(self.run_dir))
 
     def _check_nodes(self) -> int | None:
         """The exit code of the job; None: its nodes can be used."""
@@ -174,16 +173,17 @@ class Supervisor:
         )
 
     def _requeue(self, reason: str) -> int:
+        """Returns only where the job is not to go on."""
         if self._job_log.ended_by() == "":  # scancel
             self._event("stopped", step=newest_step(self.run_dir), reason="scancel")
             return 0
         self._event("requeued", reason=reason)
-        try:
-            slurm.requeue(self.allocation.job_id)
-        except slurm.SlurmError as error:  # it does so itself, after the loss of a node
-            print(f"Slurm does not requeue the job for us: {error}", flush=True)
-        signal.pause()  # until Slurm ends this process
-        return 0
+        while True:  # until Slurm ends this process; its controller may be away for a while
+            try:
+                slurm.requeue(self.allocation.job_id)
+            except slurm.SlurmError as error:  # after the loss of a node Slurm does so itself
+                print(f"Slurm does not requeue the job for us: {error}", flush=True)
+            time.sleep(_REQUEUE_AGAIN_S)
 
     def _give_up(self, reason: str) -> int:
         self._event("gave_up", reason=reason)
