@@ -46,6 +46,11 @@ class Run:
         self.wait_until(lambda: len(self.events(kind)) >= count, f"{count} events {kind}")
         return self.events(kind)[count - 1]
 
+    def wait_until_it_trains(self, start: int) -> None:
+        """In its `start`-th start, counted from 1: what `step` says is of that one then."""
+        log, started = self.path / "metrics.jsonl", self.wait_for_event("started", start)
+        self.wait_until(lambda: log.exists() and log.stat().st_mtime > started.time, f"steps of start {start}")
+
     def wait_for_step(self, step: int) -> None:
         self.wait_until(lambda: self.step >= step, f"step {step}")
 

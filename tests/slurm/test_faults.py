@@ -96,6 +96,7 @@ def test_random_faults_in_a_row(slurm_cluster: Cluster, run: Run, tiny_corpus: P
     choose = random.Random(seed)
     run.submit(tiny_corpus, *options(num_steps), *JOB)
     for number in range(RANDOM_FAULTS):
+        run.wait_until_it_trains(number + 1)
         run.wait_for_step(STEPS_PER_FAULT * number + choose.randrange(5, STEPS_PER_FAULT))
         fault = choose.choice(FAULTS)
         print(f"step {run.step}: {fault.name}", flush=True)
