@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram_data.batch import Batch
+from engram_data.read_ahead import ReadAhead
 from engram_data.skipped_samples import Windows
 from engram_megatron import platform
 from engram_megatron.config import RunConfig
@@ -111,17 +112,20 @@ def _loop(run: LiveRun, stop: StopSignal) -> RunSummary:
     config, num_steps = run.config, run.config.training.num_steps
     first_validation = last_validation = _validate(run)
     stopped_by = _stopped_before_the_first_step(run, stop)
-    upcoming: Sequence[Batch] | None = None
-    with profiler_of_steps(config.training, run.step, run.folder, run.ranks.rank, run.say) as profiler:
-        while run.step < num_steps and stopped_by is None:
+    with (
+        ReadAhead(run.train.microbatches, run.step, num_steps) as reader,
+        profiler_of_steps(config.training, run.step, run.folder, run.ranks.rank, run.say) as profiler,
+    ):
+        batches = reader.take()
+        while batches is not None and stopped_by is None:
             asks_to_stop = stop.reason() is not None or run.writer.has_failed
-            batches = run.train.microbatches(run.step) if upcoming is None else upcoming
-            upcoming = run.train.microbatches(run.step + 1) if run.step + 1 < num_steps else None
+            upcoming = reader.take()
             result = run.trainer.train_step(run.step, batches, stop_requested=asks_to_stop, next_batches=upcoming)
+            batches = upcoming
             run.step += 1
             run.tokens_seen += result.num_tokens
             run.heartbeat.stepped(run.step, result.seconds, result.gather_wait_s, result.compute_s)
-            _log_step(run, result)
+            _log_step(run, result, reader.waited_s())
             run.log_saved()
             run.losses.add(run.step, result.loss)
             if profiler is not None:
@@ -169,9 +173,9 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _log_step(run: LiveRun, result: StepResult) -> None:
+def _log_step(run: LiveRun, result: StepResult, data_wait_s: float) -> None:
     if _due(run.step, run.config.training.log_every_steps) or run.step == run.config.training.num_steps:
-        values = run.trainer.metrics(result)  # collective
+        values = run.trainer.metrics(result, data_wait_s)  # collective
         if run.log is not None:
             run.log.step(run.step, values | {"data/tokens_seen": float(run.tokens_seen)})
 

@@ -67,17 +67,18 @@ def table_metrics(memory: ConditionalMemory, num_steps: int, ranks: Ranks) -> di
     }
 
 
-def rank_metrics(compute_s: float, ranks: Ranks) -> dict[str, float]:
-    """What differs between ranks, in panels `perf/` and `memory/`. Collective.
+def rank_metrics(compute_s: float, data_wait_s: float, ranks: Ranks) -> dict[str, float]:
+    """What differs between ranks, in panels `perf/`, `data/` and `memory/`. Collective.
 
-    `compute_s` of the slowest and the fastest rank; memory of the largest rank, in its process and on its GPU, and of
-    the host that has the least left.
+    `compute_s` of the slowest and the fastest rank, the longest `data_wait_s`; memory of the largest rank, in its
+    process and on its GPU, and of the host that has the least left.
     """
     gib = 1024**3
-    slowest, fastest, peak, resident, device, used_up = max_over_ranks(
+    slowest, fastest, data_wait, peak, resident, device, used_up = max_over_ranks(
         [
             compute_s,
             -compute_s,
+            data_wait_s,
             platform.peak_memory_bytes() / gib,
             psutil.Process().memory_info().rss / gib,
             platform.device_memory_bytes() / gib,
@@ -88,6 +89,7 @@ def rank_metrics(compute_s: float, ranks: Ranks) -> dict[str, float]:
     values = {
         "perf/slowest_compute_ms": slowest * 1e3,
         "perf/fastest_compute_ms": -fastest * 1e3,
+        "data/wait_ms": data_wait * 1e3,
         "perf/peak_memory_gib": peak,
         "memory/resident_gib": resident,
         "memory/host_available_gib": -used_up,

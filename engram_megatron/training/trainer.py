@@ -147,8 +147,9 @@ class Trainer:
         total_loss, total_tokens = sum_over_ranks(counted, self.ranks)
         return total_loss / max(total_tokens, 1.0)
 
-    def metrics(self, result: StepResult) -> dict[str, float]:
-        """TensorBoard tags and values of a step. Collective: all ranks call it for the same steps."""
+    def metrics(self, result: StepResult, data_wait_s: float = 0.0) -> dict[str, float]:
+        """TensorBoard tags and values of a step, before which this rank has waited `data_wait_s` for its batches.
+        Collective: all ranks call it for the same steps."""
         # All tokens that were computed, also those at document ends whose loss does not count.
         rate = self.config.training.global_batch_size * self.config.data.sequence_length / result.seconds
         values = {
@@ -158,7 +159,7 @@ class Trainer:
             "perf/tokens_per_second": rate,
             "perf/step_ms": result.seconds * 1e3,
         }
-        values |= rank_metrics(result.compute_s, self.ranks)
+        values |= rank_metrics(result.compute_s, data_wait_s, self.ranks)
         peak = self.config.training.peak_tflops_per_rank * 1e12 * self.ranks.world_size
         if peak > 0:
             values["perf/mfu"] = rate * self.flops_per_token / peak
