@@ -59,7 +59,7 @@ def _save(rank: int, world_size: int, folder: Path, tokenizer: Path, overrides: 
 
     from engram_checkpoints.huggingface.folder_hash import folder_hasher
     from engram_megatron.training.checkpoint_writer import CheckpointWriter
-    from engram_megatron.training.checkpointing import Checkpointer
+    from engram_megatron.training.checkpointing import Checkpointer, Progress
     from engram_megatron.training.run_folder import RunFolder
 
     config = small_run_config("float32", overrides)
@@ -70,7 +70,7 @@ def _save(rank: int, world_size: int, folder: Path, tokenizer: Path, overrides: 
     corpus: Any = SimpleNamespace(fingerprint="", tokenizer=CorpusTokenizer("toy", tokenizer.read_bytes()).identity)
     folders, writer = RunFolder(folder), CheckpointWriter(run.ranks, 60)
     saver = Checkpointer(folders, run.config, run.ranks, run.chunks, run.optimizer, run.memory, corpus, writer)
-    saver.save(steps, 0)
+    saver.save(Progress(step=steps, tokens_seen=0, skipped=(), recent_losses=[]))
     writer.finish()
     writer.close()
     return logits(run, documents())
