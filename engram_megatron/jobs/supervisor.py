@@ -124,7 +124,20 @@ class Supervisor:
         self._event("started", **{"try": number}, step=newest_step(self.run_dir), nodes=list(self.allocation.nodes))
         self._log.mark()
         step = TrainingStep(self.frozen, self.allocation, self.python, number)
-        return step.wait(lambda: bool(self.signals), lambda idle_s: self._tell_hang(number, idle_s))
+        return step.wait(self._wants_stop, lambda idle_s: self._tell_hang(number, idle_s))
+
+    def _wants_stop(self) -> bool:
+        if self.signals:
+            self._tell_scancel()  # at once: Slurm may kill all before the ranks have saved
+        return bool(self.signals)
+
+    def _tell_scancel(self) -> bool:
+        """Whether somebody has ended the job for good."""
+        if self._job_log.ended_by() != "":
+            return False
+        if read_events(self.run_dir)[-1].kind != "stopped":
+            self._event("stopped", step=newest_step(self.run_dir), reason="scancel")
+        return True
 
     def _after(self, ended: Ended) -> int | None:
         """The exit code of the job; None: try again."""
@@ -174,8 +187,7 @@ class Supervisor:
 
     def _requeue(self, reason: str) -> int:
         """Returns only where the job is not to go on."""
-        if self._job_log.ended_by() == "":  # scancel
-            self._event("stopped", step=newest_step(self.run_dir), reason="scancel")
+        if self._tell_scancel():
             return 0
         self._event("requeued", reason=reason)
         while True:  # until Slurm ends this process; its controller may be away for a while

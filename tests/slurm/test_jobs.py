@@ -81,3 +81,13 @@ def test_scancel_ends_a_run_until_it_is_submitted_again(slurm_cluster: Cluster, 
     run.wait_for_event("finished")
     assert run.events("started")[1].fields["step"] >= 10, "saved at the scancel"
     assert sorted(train_losses(run.path)) == list(range(1, 81))
+
+
+def test_scancel_is_told_where_slurm_kills_ranks_that_start(
+    slurm_cluster: Cluster, run: Run, tiny_corpus: Path
+) -> None:
+    job = run.submit(tiny_corpus, *OPTIONS, *JOB)
+    run.wait_for_event("started")
+    slurm_cluster.command("scancel", job)
+    assert run.wait_for_event("stopped").fields == {"reason": "scancel", "step": 0}
+    slurm_cluster.wait_for_state(job, ["CANCELLED"])
