@@ -32,10 +32,10 @@ test-all: $(VENV)/.installed  ## every test
 soak: $(VENV)/.installed  ## kill runs and conversions at 50 random instants each, and a run of Slurm by 20 random faults; 80 minutes
 	KILLS=50 $(PY) -m pytest -m slow tests/launch/test_kill_saves.py \
 	    tests/launch/test_kill_node_snapshots.py tests/launch/test_convert_program.py $(ARGS)
-	RANDOM_FAULTS=20 $(PY) -m pytest -m slow tests/slurm/test_faults.py -k random $(ARGS)
+	RANDOM_FAULTS=20 $(PY) -m pytest -m slow tests/slurm/test_faults.py -k through_faults $(ARGS)
 
 layouts: $(VENV)/.installed  ## every parallel layout against one rank, and resumes in another, 20 minutes; FULL=1: every variation
-	$(PY) launch/layouts.py $(if $(filter 1,$(FULL)),--full) $(ARGS)
+	$(PY) launch/layouts.py $(if $(filter 1,$(FULL)),--full) $(if $(THIRD),--third $(THIRD)) $(ARGS)
 
 lint: $(VENV)/.installed  ## ruff, mypy, the layers of the house
 	$(VENV)/bin/ruff check .

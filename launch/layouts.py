@@ -1,10 +1,11 @@
 """Train a small model in every parallel layout and compare with one rank; save it in one and resume it in another.
 
-    python launch/layouts.py [--full] [--resume] [--only TEXT]
+    python launch/layouts.py [--full | --third N] [--resume] [--only TEXT]
 
 Without --full a selection in which every two settings of two factors meet (layout, packed documents, recomputation,
-multi-token prediction). --resume leaves out the first table. --only takes the layouts, and pairs of them, whose name
-contains TEXT. Runs on the CPU with gloo, up to 8 ranks on this machine. Exit code 1 if a line fails.
+multi-token prediction). --third takes a part of it that has every layout once; CI runs another one each day. --resume
+leaves out the first table. --only takes the layouts, and pairs of them, whose name contains TEXT. Runs on the CPU with
+gloo, up to 8 ranks on this machine. Exit code 1 if a line fails.
 
 First table, all relative differences from one rank. In float64, to be at most 1e-9: loss, loss of two packed documents
 against that of the two alone, gradient norm, the worst gradient and the worst updated tensor (tables included) of two
@@ -25,20 +26,24 @@ import time
 from collections.abc import Iterable
 
 from engram_megatron.layouts import resume_table, table
-from engram_megatron.layouts.matrix import LAYOUTS, all_cases, pairwise_cases
+from engram_megatron.layouts.matrix import LAYOUTS, all_cases, pairwise_cases, third_of
 from engram_megatron.layouts.resume_pairs import PAIRS
 from engram_megatron.layouts.table import Line
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="every layout with every variation")
+    selection = parser.add_mutually_exclusive_group()
+    selection.add_argument("--full", action="store_true", help="every layout with every variation")
+    selection.add_argument("--third", type=int, choices=(1, 2, 3), help="every layout with one variation")
     parser.add_argument(
         "--resume", action="store_true", help="only pairs of layouts: saved in one, resumed in the other"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="layouts whose name contains TEXT")
     arguments = parser.parse_args()
     all_cells = [] if arguments.resume else all_cases() if arguments.full else pairwise_cases()
+    if arguments.third:
+        all_cells = third_of(all_cells, arguments.third)
     cells = [cell for cell in all_cells if arguments.only in cell[0].name]
     pairs = [pair for pair in PAIRS if arguments.only in pair.name]
     if not cells and not pairs:

@@ -142,6 +142,15 @@ def pairwise_cases(layouts: Sequence[Layout] = LAYOUTS) -> list[tuple[Layout, Va
     return [(layout, variation) for number, layout in enumerate(layouts) for variation in _covering(number)]
 
 
+def third_of(cases: Sequence[tuple[Layout, Variation]], number: int) -> list[tuple[Layout, Variation]]:
+    """Part `number` (1, 2 or 3) of `pairwise_cases()`: every layout once, every recomputation in a third of them.
+
+    The three parts together are all cases, so that three days of CI run the whole table."""
+    assert number in (1, 2, 3), number
+    rows = len(_RECOMPUTES)
+    return [case for place, case in enumerate(cases) if (place // rows + place) % rows == number - 1]
+
+
 def _covering(number: int) -> Iterator[Variation]:
     for recompute_number, recompute in enumerate(_RECOMPUTES):
         # Both values of packing and of prediction occur in three variations; shifted from layout to layout, every

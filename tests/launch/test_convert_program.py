@@ -19,7 +19,7 @@ from engram_checkpoints.compare import differences
 from engram_checkpoints.open_checkpoint import open_checkpoint
 from engram_megatron.benchmarks.noise_checkpoint import write_noise
 
-KILLS = int(os.environ.get("KILLS", "10"))
+KILLS = int(os.environ.get("KILLS", "5"))
 MIB = 1024**2
 
 

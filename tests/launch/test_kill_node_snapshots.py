@@ -1,6 +1,6 @@
 """A run whose only saves are on its nodes' disks, killed at random instants, each time with the loss of one of them.
 
-Two ranks stand for two nodes. `KILLS` says how often (10; `make soak`: 50).
+Two ranks stand for two nodes. `KILLS` says how often (5; `make soak`: 50).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from train_program import Program
 
 pytestmark = pytest.mark.slow  # a start for every kill
 
-KILLS = int(os.environ.get("KILLS", "10"))
+KILLS = int(os.environ.get("KILLS", "5"))
 RUN = (
     *("--nproc-per-node=2", "--resume", "training.num_steps=4000", "training.validation_batches=1"),
     *("checkpoint.every_steps=0", "tables.ranks_per_node=1", "checkpoint.staging_bytes=20000"),

@@ -1,6 +1,6 @@
 """A run killed at random instants, most of them within a save, loses nothing but the save that was under way.
 
-`KILLS` says how often (10; `make soak`: 50).
+`KILLS` says how often (5; `make soak`: 50).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engram_checkpoints.table_reader import TableReader
 
 pytestmark = pytest.mark.slow  # a start for every kill
 
-KILLS = int(os.environ.get("KILLS", "10"))
+KILLS = int(os.environ.get("KILLS", "5"))
 KEPT = 2
 RUN = (
     *("--nproc-per-node=2", "--resume", "training.num_steps=4000", "training.validate_every_steps=0"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any
 
-from engram_megatron.layouts.matrix import LAYOUTS, VARIATIONS, all_cases, pairwise_cases
+from engram_megatron.layouts.matrix import LAYOUTS, VARIATIONS, all_cases, pairwise_cases, third_of
 from engram_megatron.layouts.small_model import case_config
 from engram_megatron.model.layout_rules import check_layout
 
@@ -57,3 +57,11 @@ def test_selection_has_every_pair_of_settings() -> None:
         met = {(row[a], row[b]) for row in rows}
         assert met == set(product(settings[a], settings[b]))
     assert set(pairwise_cases()) < set(all_cases())
+
+
+def test_thirds_are_the_selection_and_each_has_every_layout_once() -> None:
+    thirds = [third_of(pairwise_cases(), number) for number in (1, 2, 3)]
+    assert sorted(map(repr, chain(*thirds))) == sorted(map(repr, pairwise_cases()))
+    for third in thirds:
+        assert [layout for layout, _ in third] == list(LAYOUTS)
+        assert {variation.recompute for _, variation in third} == {"none", "selective", "full"}
