@@ -8,8 +8,9 @@ one after another, then the index uint64 [chunks per shard, 2] of offset and byt
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -28,6 +29,78 @@ def _with_crc32c(data: bytes) -> bytes:
     return data + int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
+def shard_path(group_path: Path, name: str, shard: int) -> Path:
+    """The file of shard number `shard` of array `name`."""
+    return group_path / name / "c" / str(shard)
+
+
+def write_array_metadata(
+    group_path: Path, name: str, dtype: np.dtype[Any], length: int, sizes: ArraySizes, records: list[ShardRecord]
+) -> None:
+    """Make the array `name` [length] of the zarr group at `group_path`, whose shard files `records` are written."""
+    zarr.open_group(group_path, mode="r+").create_array(
+        name,
+        shape=(length,),
+        dtype=dtype.newbyteorder("<"),
+        chunks=(sizes.chunk,),
+        shards=(sizes.shard,),
+        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
+        fill_value=0,
+        attributes={"shards": shards_to_json(records)},
+    )
+
+
+class ShardFile:
+    """Appends up to `sizes.shard` elements to the new file `path`, which is on the disk when `close` returns."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], sizes: ArraySizes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("xb")
+        self.room = sizes.shard  # elements that it still takes
+        self._chunk = np.zeros(sizes.chunk, dtype.newbyteorder("<"))
+        self._filled = 0
+        self._index = np.full((sizes.shard // sizes.chunk, 2), MISSING, "<u8")
+        self._num_chunks = 0
+        self._content = hashlib.sha256()
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Add `values` [n]. Raises OSError where the disk does not take them."""
+        assert len(values) <= self.room, (len(values), self.room)
+        self.room -= len(values)
+        start = 0
+        while start < len(values):
+            count = min(len(values) - start, len(self._chunk) - self._filled)
+            self._chunk[self._filled : self._filled + count] = values[start : start + count]
+            self._filled += count
+            start += count
+            if self._filled == len(self._chunk):
+                self._write_chunk()
+
+    def close(self) -> ShardRecord:
+        """Write what is left, and the index."""
+        if self._filled:
+            self._write_chunk()
+        self._file.write(_with_crc32c(self._index.tobytes()))
+        num_bytes = self._file.tell()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return ShardRecord(num_bytes, self._content.hexdigest())
+
+    def abandon(self) -> None:
+        """Close the file; nothing more is written."""
+        self._file.close()
+
+    def _write_chunk(self) -> None:
+        self._content.update(self._chunk[: self._filled].tobytes())
+        self._chunk[self._filled :] = 0  # zarr stores every chunk at full length
+        data = _with_crc32c(compress(self._chunk, ZSTD_LEVEL))
+        self._index[self._num_chunks] = self._file.tell(), len(data)
+        self._file.write(data)
+        self._num_chunks += 1
+        self._filled = 0
+
+
 class ShardedArrayWriter:
     """Appends elements to array `name` of the zarr group at `group_path`, which must exist when `close` is called.
 
@@ -36,72 +109,36 @@ class ShardedArrayWriter:
 
     def __init__(self, group_path: Path, name: str, dtype: np.dtype[Any], sizes: ArraySizes) -> None:
         self.length = 0
-        self._group_path, self._name, self._sizes = group_path, name, sizes
-        self._chunk = np.zeros(sizes.chunk, dtype.newbyteorder("<"))
-        self._filled = 0
+        self._group_path, self._name, self._dtype, self._sizes = group_path, name, dtype, sizes
         self._records: list[ShardRecord] = []
-        self._file: BinaryIO | None = None
-        self._index = np.full((sizes.shard // sizes.chunk, 2), MISSING, "<u8")
-        self._chunks_in_shard = 0
-        self._content = hashlib.sha256()
+        self._shard: ShardFile | None = None
 
     def append(self, values: NDArray[Any]) -> None:
         """Add `values` [n] at the end. Raises OSError where the disk does not take them."""
         start = 0
         while start < len(values):
-            count = min(len(values) - start, self._sizes.chunk - self._filled)
-            self._chunk[self._filled : self._filled + count] = values[start : start + count]
-            self._filled += count
+            if self._shard is None:
+                path = shard_path(self._group_path, self._name, len(self._records))
+                self._shard = ShardFile(path, self._dtype, self._sizes)
+            count = min(len(values) - start, self._shard.room)
+            self._shard.append(values[start : start + count])
             start += count
-            if self._filled == self._sizes.chunk:
-                self._write_chunk()
+            if not self._shard.room:
+                self._close_shard()
         self.length += len(values)
 
     def close(self) -> list[ShardRecord]:
         """Write what is left and the array's metadata; returns one record per shard file."""
-        if self._filled:
-            self._write_chunk()
-        if self._file is not None:
-            self._close_shard()
-        zarr.open_group(self._group_path, mode="r+").create_array(
-            self._name,
-            shape=(self.length,),
-            dtype=self._chunk.dtype,
-            chunks=(self._sizes.chunk,),
-            shards=(self._sizes.shard,),
-            compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-            fill_value=0,
-            attributes={"shards": shards_to_json(self._records)},
-        )
+        self._close_shard()
+        write_array_metadata(self._group_path, self._name, self._dtype, self.length, self._sizes, self._records)
         return self._records
 
     def abandon(self) -> None:
         """Close the open file, if any; nothing more is written."""
-        if self._file is not None:
-            self._file.close()
-
-    def _write_chunk(self) -> None:
-        self._content.update(self._chunk[: self._filled].tobytes())
-        self._chunk[self._filled :] = 0  # zarr stores every chunk at full length
-        data = _with_crc32c(compress(self._chunk, ZSTD_LEVEL))
-        if self._file is None:
-            path = self._group_path / self._name / "c" / str(len(self._records))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("xb")
-        self._index[self._chunks_in_shard] = self._file.tell(), len(data)
-        self._file.write(data)
-        self._chunks_in_shard += 1
-        self._filled = 0
-        if self._chunks_in_shard == len(self._index):
-            self._close_shard()
+        if self._shard is not None:
+            self._shard.abandon()
 
     def _close_shard(self) -> None:
-        assert self._file is not None
-        self._file.write(_with_crc32c(self._index.tobytes()))
-        num_bytes = self._file.tell()
-        self._file.close()
-        self._file = None
-        self._records.append(ShardRecord(num_bytes, self._content.hexdigest()))
-        self._content = hashlib.sha256()
-        self._index[:] = MISSING
-        self._chunks_in_shard = 0
+        if self._shard is not None:
+            self._records.append(self._shard.close())
+            self._shard = None
