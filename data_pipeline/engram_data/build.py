@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram_data.corpus_format import TOKEN_SIZES, ArraySizes
+from engram_data.corpus_metadata import SplitSummary
+from engram_data.documents import split_of
 from engram_data.errors import CorpusError
 from engram_data.text_source import Document, find_text_files, read_documents
 from engram_data.tokenizer import CorpusTokenizer
-from engram_data.writer import CorpusWriter, SplitSummary, split_of
+from engram_data.writer import CorpusWriter
 
 # One call of the tokenizer: enough to feed all threads, small enough to stay out of the way of memory.
 BATCH_CHARACTERS = 2**22

@@ -29,6 +29,20 @@ class SourceFile:
         """Its suffix without that of a compression."""
         return _kind(self.path)
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether its lines can be read from the middle."""
+        return self.path.suffix == ".jsonl"
+
+
+@dataclass(frozen=True)
+class Span:
+    """The lines of `file` that start in its bytes `start` to `stop`; None: to its end."""
+
+    file: SourceFile
+    start: int = 0
+    stop: int | None = None
+
 
 @dataclass(frozen=True)
 class Document:
@@ -86,15 +100,33 @@ def read_documents(files: Sequence[SourceFile], reject: Callable[[Rejection], No
     Raises `CorpusError` for a file that cannot be read or whose compression is damaged.
     """
     for file in files:
-        if file.kind == ".jsonl":
-            candidates = _json_lines(file)
-        else:
-            candidates = _whole_file(file)
-        for candidate in candidates:
+        for candidate in SpanReader(Span(file)):
             if isinstance(candidate, Rejection):
                 reject(candidate)
             else:
                 yield candidate
+
+
+class SpanReader:
+    """Iterates over the documents of a span and what is none; lines are numbered from the span's first one.
+
+    Raises `CorpusError` for a file that cannot be read or whose compression is damaged.
+    """
+
+    def __init__(self, span: Span) -> None:
+        assert span.file.can_be_cut or (span.start, span.stop) == (0, None), span
+        self._span = span
+        self.num_lines = 0  # read so far
+
+    def __iter__(self) -> Iterator[Document | Rejection]:
+        file = self._span.file
+        if file.kind != ".jsonl":
+            yield from _whole_file(file)
+            return
+        for line in _read_lines(self._span):
+            self.num_lines += 1
+            if line.strip():
+                yield _parse_json_line(file, self.num_lines, line)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -105,21 +137,31 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _read_lines(path: Path) -> Iterator[bytes]:
+def _read_lines(span: Span) -> Iterator[bytes]:
     """Lines of the decompressed file."""
+    path = span.file.path
     try:
         with _open(path) as stream:
-            yield from stream
+            if span.stop is None:
+                yield from stream
+            else:
+                yield from _lines_that_start_in(stream, span.start, span.stop)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise CorpusError(f"{path} is damaged, it cannot be decompressed: {error}") from None
     except OSError as error:
         raise CorpusError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _json_lines(file: SourceFile) -> Iterator[Document | Rejection]:
-    for number, line in enumerate(_read_lines(file.path), start=1):
-        if line.strip():
-            yield _parse_json_line(file, number, line)
+def _lines_that_start_in(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    if start:
+        stream.seek(start - 1)
+        start += len(stream.readline()) - 1  # what is left of a line that starts before; of none the newline
+    while start < stop:
+        line = stream.readline()
+        if not line:
+            return
+        yield line
+        start += len(line)
 
 
 def _parse_json_line(file: SourceFile, number: int, line: bytes) -> Document | Rejection:
@@ -147,7 +189,7 @@ def _parse_json_line(file: SourceFile, number: int, line: bytes) -> Document | R
 
 
 def _whole_file(file: SourceFile) -> Iterator[Document | Rejection]:
-    content = b"".join(_read_lines(file.path))
+    content = b"".join(_read_lines(Span(file)))
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,13 +1,12 @@
-"""Writes a corpus folder (see `corpus_format`): streaming, with bounded memory, all or nothing."""
+"""Writes a corpus folder (see `corpus_format`) in one process, from token ids: in bounded memory, all or nothing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,43 +16,21 @@ import zarr
 from numpy.typing import NDArray
 
 from engram_data.corpus_format import (
-    DESCRIPTION,
     DOCUMENT_SIZES,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     INDEX_SIZES,
     REJECTED_FILE,
     SPLITS,
-    SUMMARY_FILE,
     TOKEN_SIZES,
-    TOKENIZER_FILE,
     ArraySizes,
     TokenizerIdentity,
-    fingerprint_of,
     token_dtype,
 )
+from engram_data.corpus_metadata import SplitSummary, describe_corpus, describe_split
+from engram_data.documents import with_eos
 from engram_data.errors import CorpusError
 from engram_data.shard_writer import ShardedArrayWriter
 from engram_data.text_source import Rejection
 from engram_data.tokenizer import CorpusTokenizer
-
-
-def split_of(text: str, validation_fraction: float) -> str:
-    """`train` or `validation`, from the sha256 of `text` alone: the same in any order, run and number of processes.
-
-    Equal documents fall into the same split.
-    """
-    leading = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
-    return "validation" if leading < validation_fraction * 2**64 else "train"
-
-
-@dataclass(frozen=True)
-class SplitSummary:
-    """What one split holds."""
-
-    num_tokens: int
-    num_documents: int
-    fingerprint: str
 
 
 class SplitWriter:
@@ -91,21 +68,10 @@ class SplitWriter:
     def close(self, sources: list[str]) -> SplitSummary:
         """Write the rest and the group's attributes."""
         self._first.append(np.array([self.num_documents], np.int64))
-        writers = {"tokens": self._tokens, "document_ends": self._ends, "chunk_first_document": self._first}
-        group = zarr.create_group(self._path, zarr_format=3)
-        shards = {name: writer.close() for name, writer in writers.items()}
-        summary = SplitSummary(self.num_tokens, self.num_documents, fingerprint_of(self._tokenizer, shards))
-        group.attrs.update(
-            {
-                "description": DESCRIPTION,
-                "format": FORMAT_NAME,
-                "format_version": FORMAT_VERSION,
-                "tokenizer": asdict(self._tokenizer),
-                "sources": sources,
-                **asdict(summary),
-            }
-        )
-        return summary
+        arrays = {"tokens": self._tokens, "document_ends": self._ends, "chunk_first_document": self._first}
+        zarr.create_group(self._path, zarr_format=3)
+        shards = {name: array.close() for name, array in arrays.items()}
+        return describe_split(self._path, self._tokenizer, sources, shards, self.num_tokens, self.num_documents)
 
     def abandon(self) -> None:
         """Close open files."""
@@ -151,14 +117,7 @@ class CorpusWriter:
 
     def add(self, token_ids: Iterable[int] | NDArray[Any], split: str) -> None:
         """Append one document to `split`; its eos is added here. Raises `CorpusError` for an id out of range."""
-        identity = self._tokenizer.identity
-        ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids), np.int64)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < identity.vocab_size:
-            raise CorpusError(
-                f"token ids {ids.min()}..{ids.max()} are not in 0..{identity.vocab_size - 1}, "
-                f"the vocabulary of {identity.name}"
-            )
-        self._splits[split].add(np.append(ids, identity.eos_token_id))
+        self._splits[split].add(with_eos(token_ids, self._tokenizer.identity))
 
     def reject(self, rejection: Rejection) -> None:
         """Note a line that was left out, in `rejected.jsonl`."""
@@ -185,17 +144,7 @@ class CorpusWriter:
     def finish(self, sources: dict[str, dict[str, int]], validation_fraction: float) -> dict[str, SplitSummary]:
         """Complete the corpus and give it its name. `sources`: counts (documents, text_bytes) per source name."""
         summaries = {name: writer.close(list(sources)) for name, writer in self._splits.items()}
-        (self._partial / TOKENIZER_FILE).write_bytes(self._tokenizer.json_bytes)
-        summary = {
-            "format": FORMAT_NAME,
-            "format_version": FORMAT_VERSION,
-            "tokenizer": asdict(self._tokenizer.identity),
-            "validation_fraction": validation_fraction,
-            "num_rejected": self._num_rejected,
-            "sources": sources,
-            "splits": {name: asdict(split) for name, split in summaries.items()},
-        }
-        (self._partial / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        describe_corpus(self._partial, self._tokenizer, validation_fraction, self._num_rejected, sources, summaries)
         self._partial.rename(self._out)
         self._finished = True
         return summaries

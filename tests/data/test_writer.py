@@ -15,11 +15,12 @@ import zarr
 from engram_data.build import build_corpus
 from engram_data.corpus import Corpus
 from engram_data.corpus_format import ArraySizes
+from engram_data.documents import split_of
 from engram_data.errors import CorpusError
 from engram_data.shard_writer import ShardedArrayWriter
 from engram_data.text_source import Rejection, find_text_files, read_documents
 from engram_data.tokenizer import CorpusTokenizer
-from engram_data.writer import CorpusWriter, split_of
+from engram_data.writer import CorpusWriter
 
 
 def write_lines(path: Path, texts: list[str]) -> Path:
