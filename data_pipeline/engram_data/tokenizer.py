@@ -36,7 +36,7 @@ class CorpusTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self.json_bytes = json_bytes
+        self.json_bytes, self.eos = json_bytes, eos
         self.identity = TokenizerIdentity(
             name=name,
             sha256=hashlib.sha256(json_bytes).hexdigest(),

@@ -103,15 +103,26 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, text: Path, to
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_terminated_build_leaves_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = subprocess.Popen(command("build_corpus.py", SAMPLE, out, "--tokenizer", "deepseek-v3"))
-    while not (tmp_path / "out.partial/train/tokens/c/0").exists():
+def test_terminated_build_is_kept_and_goes_on(tmp_path: Path, text: Path, tokenizer_file: Path) -> None:
+    (tmp_path / "more").mkdir()
+    sources = [text, tmp_path / "more"]
+    (tmp_path / "more/sotu.jsonl.xz").symlink_to(SAMPLE)
+    options = (*sources, tmp_path / "out", "--tokenizer", tokenizer_file, "--unit-mib", 0.01, "--workers", 1)
+    process = subprocess.Popen(command("build_corpus.py", *options), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out.partial/pieces/00000000").exists():
         assert process.poll() is None, "the build ended before it could be stopped"
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    assert list(tmp_path.iterdir()) == []
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors.splitlines()[-1].endswith(
+        f"stopped: {tmp_path / 'out.partial'} is kept, the same command goes on; to start again remove it"
+    )
+    built = run("build_corpus.py", *options)
+    assert built.returncode == 0, built.stderr
+    assert built.stderr.startswith("going on: ")
+    assert Corpus.open(tmp_path / "out", "train").num_documents > 200
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("program", ["build_corpus.py", "train_tokenizer.py"])
