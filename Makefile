@@ -29,7 +29,8 @@ test: $(VENV)/.installed  ## the test suite, without the tests marked slow
 test-all: $(VENV)/.installed  ## every test
 	$(PY) -m pytest $(ARGS)
 
-soak: $(VENV)/.installed  ## kill runs and conversions at 50 random instants each, and a run of Slurm by 20 random faults; 80 minutes
+soak: $(VENV)/.installed  ## kill builds of a corpus, runs and conversions at 50 random instants each, and a run of Slurm by 20 random faults; 85 minutes
+	KILLS=50 $(PY) -m pytest tests/data/test_parallel_build.py -k at_random_instants $(ARGS)
 	KILLS=50 $(PY) -m pytest -m slow tests/launch/test_kill_saves.py \
 	    tests/launch/test_kill_node_snapshots.py tests/launch/test_convert_program.py $(ARGS)
 	RANDOM_FAULTS=20 $(PY) -m pytest -m slow tests/slurm/test_faults.py -k through_faults $(ARGS)
