@@ -66,7 +66,7 @@ class Corpus:
         """
         assert split in SPLITS, split
         root = Path(path)
-        summary = _read_summary(root)
+        summary = read_summary(root)
         try:
             corpus = cls(root / split, zarr.open_group(root / split, mode="r"), cached_chunks)
             shards = {name: [ShardRecord(**s) for s in corpus._arrays[name].attrs["shards"]] for name in ARRAYS}
@@ -105,6 +105,12 @@ class Corpus:
         ends = np.concatenate([np.empty(0, np.int64), *(self._chunk(chunk).ends for chunk in chunks)])
         low, high = np.searchsorted(ends, (start, stop), side="right")
         return ends[low:high]
+
+    def document_range(self, number: int) -> tuple[int, int]:
+        """Offsets of the first token of document `number` and behind its last, its eos; reads a chunk of ends."""
+        assert 0 <= number < self.num_documents, (number, self.num_documents)
+        ends = self._read("document_ends", max(0, number - 1), number + 1)
+        return (int(ends[0]) if number else 0), int(ends[-1])
 
     def _chunk(self, chunk: int) -> _Chunk:
         found = self._cache.get(chunk)
@@ -200,7 +206,7 @@ def _damaged(path: Path, detail: str) -> CorpusError:
     return CorpusError(f"the metadata of {path} is damaged, restore it or build the corpus again: {detail}")
 
 
-def _read_summary(root: Path) -> dict[str, Any]:
+def read_summary(root: Path) -> dict[str, Any]:
     """The content of corpus.json, of a known version; `CorpusError` where there is none."""
     if not root.is_dir():
         raise CorpusError(f"no corpus at {root}: there is no such folder; make one with launch/build_corpus.py")
