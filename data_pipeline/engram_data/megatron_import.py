@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engram_data.corpus_format import TOKEN_SIZES, ArraySizes
+from engram_data.corpus_metadata import SplitSummary
 from engram_data.errors import CorpusError
 from engram_data.megatron_format import MegatronDataset
 from engram_data.tokenizer import CorpusTokenizer
-from engram_data.writer import CorpusWriter, SplitSummary
+from engram_data.writer import CorpusWriter
 
 REPORT_TOKENS = 2**20
 

@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,9 @@ class PieceWriter:
 
     def abandon(self) -> None:
         """Close the files."""
-        self._file.close()
-        self._rejections.close()
+        for file in (self._file, self._rejections):
+            with suppress(OSError):  # closing writes what is buffered, and fails again on a full disk
+                file.close()
 
 
 def read_summary(path: Path) -> PieceSummary | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ class ShardFile:
         return ShardRecord(num_bytes, self._content.hexdigest())
 
     def abandon(self) -> None:
-        """Close the file; nothing more is written."""
-        self._file.close()
+        """Close the file."""
+        with suppress(OSError):  # closing writes what is buffered, and fails again on a full disk
+            self._file.close()
 
     def _write_chunk(self) -> None:
         self._content.update(self._chunk[: self._filled].tobytes())
