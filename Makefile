@@ -8,6 +8,9 @@ RUNS := runs
 TINY_CORPUS := corpora/sotu_tiny
 TINY_TOKENIZER := corpora/sotu_tiny_tokenizer.json
 SAMPLE := data_pipeline/samples/sotu.jsonl.xz
+SOURCES ?= $(SAMPLE)
+CORPUS ?= corpora/$(if $(filter $(SAMPLE),$(SOURCES)),sotu,mine)_$(basename $(notdir $(TOKENIZER)))
+TOKENIZER ?= deepseek-v3
 NPROC ?= 2
 # The first free name, so that a second `make pretrain` is a second run; `make resume` goes on with the newest.
 RUN_DIR ?= $(shell n=1; d=$(RUNS)/engram_tiny; while [ -e $$d ]; do n=$$((n + 1)); d=$(RUNS)/engram_tiny_$$n; done; echo $$d)
@@ -60,8 +63,8 @@ bench-jobs: $(VENV)/.installed  ## jobs of Slurm on a local cluster: how soon th
 conformance: $(VENV)/.installed  ## our code against vectors of DeepSeek's demo
 	$(PY) launch/conformance.py tests/golden
 
-corpus: $(VENV)/.installed  ## the shipped text with the DeepSeek-V3 tokenizer
-	$(PY) launch/build_corpus.py $(SAMPLE) corpora/sotu_deepseek_v3 --tokenizer deepseek-v3
+corpus: $(VENV)/.installed  ## SOURCES (files and folders of text) to the folder CORPUS; by default the shipped text, with the DeepSeek-V3 tokenizer
+	$(PY) launch/build_corpus.py $(SOURCES) $(CORPUS) --tokenizer $(TOKENIZER) $(ARGS)
 
 $(TINY_TOKENIZER): $(SAMPLE) | $(VENV)/.installed
 	@mkdir -p corpora
