@@ -54,7 +54,13 @@ def wait_for(*files: Path) -> None:
 
 def start(code: str, folder: Path) -> subprocess.Popen[str]:
     """A launcher of two ranks that run `code`, once both are ready."""
-    launcher = subprocess.Popen(python(LAUNCHER, code, str(folder)), stderr=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(
+        python(LAUNCHER, code, str(folder)),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run under nohup hand down an ignored SIGHUP, which the launcher would leave ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     wait_for(folder / "ready0", folder / "ready1")
     return launcher
 
