@@ -21,7 +21,7 @@ import time
 import traceback
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from engram_data.build import BuildProgress, BuildSummary, StartWorkers, build_corpus, in_this_process
 from engram_data.build_folder import partial_folder
@@ -30,7 +30,8 @@ from engram_data.errors import CorpusError
 from engram_data.mpi_workers import MpiWorkers, serve_rank
 from engram_data.tokenizer import load_tokenizer
 from engram_data.workers import ProcessWorkers, Workers
-from engram_megatron.training.mpi_launch import num_mpi_processes
+from engram_megatron.errors import UsageError
+from engram_megatron.training.mpi_launch import load_mpi, num_mpi_processes
 
 
 def parse() -> argparse.Namespace:
@@ -102,22 +103,6 @@ def start_local(cores: int) -> StartWorkers:
     return start
 
 
-def load_mpi() -> Any:
-    """MPI's communicator of all ranks. Raises `CorpusError` where it is not that of the launcher."""
-    started = num_mpi_processes(os.environ)
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py's wheels look for the library at import
-        reason = " ".join(str(error).split())
-        raise CorpusError(f"an MPI launcher started {started} processes; mpi4py cannot be loaded: {reason}") from None
-    if MPI.COMM_WORLD.Get_size() != started:
-        raise CorpusError(
-            f"an MPI launcher started {started} processes, and mpi4py's MPI sees {MPI.COMM_WORLD.Get_size()}: "
-            "use the launcher of that MPI library"
-        )
-    return MPI.COMM_WORLD
-
-
 def print_summary(summary: BuildSummary, out: Path, seconds: float) -> None:
     for name, split in summary.splits.items():
         print(
@@ -168,14 +153,15 @@ def terminate(*_: object) -> NoReturn:
 
 def main() -> None:
     args = parse()
-    if num_mpi_processes(os.environ) == 1:
+    num_ranks = num_mpi_processes(os.environ)
+    if num_ranks == 1:
         signal.signal(signal.SIGTERM, terminate)
         sys.exit(build(args, start_local(args.workers or len(os.sched_getaffinity(0)))))
     threads = args.workers or 1
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     try:
-        communicator = load_mpi()
-    except CorpusError as error:
+        communicator, _ = load_mpi(num_ranks, "leave the launcher out")
+    except UsageError as error:
         print(f"build_corpus: {error}", file=sys.stderr)
         sys.exit(2)
     if communicator.Get_rank():

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from engram_data.corpus_format import ArraySizes, TokenizerIdentity
+from engram_data.documents import check_validation_fraction
 from engram_data.errors import CorpusError
 from engram_data.text_source import SourceFile, Span, find_text_files
 
@@ -136,8 +137,7 @@ def plan_build(
     unit_bytes: int = UNIT_BYTES,
 ) -> BuildPlan:
     """Find the files. Raises `CorpusError` for a fraction outside 0 <= f < 1 and as `find_text_files` does."""
-    if not 0 <= validation_fraction < 1:
-        raise CorpusError(f"validation fraction {validation_fraction} must lie in 0 <= fraction < 1")
+    check_validation_fraction(validation_fraction)
     files = find_text_files(sources)
     states = [FileState.of(file) for file in files]
     return BuildPlan(sources, tokenizer, validation_fraction, token_sizes, unit_bytes, files, states)

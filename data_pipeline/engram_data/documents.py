@@ -13,12 +13,19 @@ from engram_data.corpus_format import TokenizerIdentity
 from engram_data.errors import CorpusError
 
 
-def split_of(text: str, validation_fraction: float) -> str:
-    """`train` or `validation`, from the sha256 of `text` alone: the same in any order, run and number of processes.
+def check_validation_fraction(fraction: float) -> None:
+    """Raises `CorpusError` for a share that is none, or leaves nothing to train on."""
+    if not 0 <= fraction < 1:
+        raise CorpusError(f"validation fraction {fraction} must lie in 0 <= fraction < 1")
 
-    Equal documents fall into the same split.
+
+def split_of(content: bytes, validation_fraction: float) -> str:
+    """`train` or `validation`, from the sha256 of `content` alone: the same in any order, run and number of processes.
+
+    Equal documents fall into the same split. `content`: the text of a document in UTF-8, or its ids as little-endian
+    uint32 without eos where only ids are known.
     """
-    leading = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+    leading = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
     return "validation" if leading < validation_fraction * 2**64 else "train"
 
 

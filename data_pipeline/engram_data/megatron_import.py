@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engram_data.corpus_format import TOKEN_SIZES, ArraySizes
 from engram_data.corpus_metadata import SplitSummary
+from engram_data.documents import check_validation_fraction, split_of
 from engram_data.errors import CorpusError
 from engram_data.megatron_format import MegatronDataset
 from engram_data.tokenizer import CorpusTokenizer
@@ -30,13 +28,6 @@ class ImportSummary:
     num_eos_added: int
 
 
-def split_of_ids(token_ids: NDArray[Any], validation_fraction: float) -> str:
-    """`train` or `validation`, from the sha256 of the ids as little-endian uint32 alone: the same whatever type they
-    were stored as. Equal documents fall into the same split."""
-    leading = int.from_bytes(hashlib.sha256(token_ids.astype("<u4").tobytes()).digest()[:8], "big")
-    return "validation" if leading < validation_fraction * 2**64 else "train"
-
-
 def import_megatron(
     train: Sequence[Path],
     validation: Sequence[Path],
@@ -48,13 +39,12 @@ def import_megatron(
 ) -> ImportSummary:
     """Make the corpus `out` of the datasets with the prefixes `train`, in this order, and of `validation`.
 
-    Documents of `validation` are held out; so is `validation_fraction` of those of `train`, by `split_of_ids` without
-    their eos. The sequences of a document are joined. A document that ends with the tokenizer's eos keeps it, another
+    Documents of `validation` are held out; so is `validation_fraction` of those of `train`, by `split_of` their
+    ids. The sequences of a document are joined. A document that ends with the tokenizer's eos keeps it, another
     one gets it. `report` is called with the tokens read since the last call. Raises `CorpusError`, and leaves nothing
     behind, for a dataset that is damaged, an id that the tokenizer does not have, and as `CorpusWriter`.
     """
-    if not 0 <= validation_fraction < 1:
-        raise CorpusError(f"validation fraction {validation_fraction} must lie in 0 <= fraction < 1")
+    check_validation_fraction(validation_fraction)
     prefixes = [*train, *validation]
     for prefix in prefixes:
         if prefixes.count(prefix) > 1:
@@ -85,18 +75,19 @@ def _import_dataset(
     report: Callable[[int], None],
 ) -> int:
     """How many documents had no eos. `validation_fraction` None: all are held out."""
-    eos, vocab_size = tokenizer.identity.eos_token_id, tokenizer.identity.vocab_size
+    eos = tokenizer.identity.eos_token_id
     num_eos_added = unreported = 0
     for number, document in enumerate(dataset.documents()):
-        if len(document) and not 0 <= int(document.min()) <= int(document.max()) < vocab_size:
-            raise CorpusError(
-                f"{dataset.prefix}, document {number}: token ids {document.min()}..{document.max()} are not in "
-                f"0..{vocab_size - 1}, the vocabulary of {tokenizer.identity.name}: give the tokenizer that made them"
-            )
         has_eos = len(document) > 0 and int(document[-1]) == eos
         num_eos_added += not has_eos
         ids = document[:-1] if has_eos else document  # the writer closes every document
-        writer.add(ids, "validation" if validation_fraction is None else split_of_ids(ids, validation_fraction))
+        content = ids.astype("<u4").tobytes()  # the same whatever type they were stored as
+        try:
+            writer.add(ids, "validation" if validation_fraction is None else split_of(content, validation_fraction))
+        except CorpusError as error:  # an id out of the vocabulary
+            raise CorpusError(
+                f"{dataset.prefix}, document {number}: {error}: give the tokenizer that made them"
+            ) from None
         unreported += len(document)
         if unreported >= REPORT_TOKENS:
             report(unreported)

@@ -80,10 +80,11 @@ def _fill(piece: PieceWriter, task: UnitTask, tokenizer: CorpusTokenizer) -> int
 
     for batch in _batches(documents()):
         encoded = tokenizer.encode_batch([document.text for document in batch])
-        splits = [split_of(document.text, task.validation_fraction) for document in batch]
+        texts = [document.text.encode("utf-8") for document in batch]
+        splits = [split_of(text, task.validation_fraction) for text in texts]
         piece.add([with_eos(ids, tokenizer.identity) for ids in encoded], splits)
-        for document in batch:
-            piece.count(document.source, len(document.text.encode("utf-8")))
+        for document, text in zip(batch, texts, strict=True):
+            piece.count(document.source, len(text))
     return readers[-1].num_lines
 
 

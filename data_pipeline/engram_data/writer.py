@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +16,6 @@ from numpy.typing import NDArray
 from engram_data.corpus_format import (
     DOCUMENT_SIZES,
     INDEX_SIZES,
-    REJECTED_FILE,
     SPLITS,
     TOKEN_SIZES,
     ArraySizes,
@@ -29,7 +26,6 @@ from engram_data.corpus_metadata import SplitSummary, describe_corpus, describe_
 from engram_data.documents import with_eos
 from engram_data.errors import CorpusError
 from engram_data.shard_writer import ShardedArrayWriter
-from engram_data.text_source import Rejection
 from engram_data.tokenizer import CorpusTokenizer
 
 
@@ -91,8 +87,6 @@ class CorpusWriter:
         self._partial = out.with_name(out.name + ".partial")
         self._tokenizer, self._token_sizes = tokenizer, token_sizes
         self._finished = False
-        self._num_rejected = 0
-        self.first_rejection: Rejection | None = None
 
     def __enter__(self) -> Self:
         if self._out.exists():
@@ -119,18 +113,6 @@ class CorpusWriter:
         """Append one document to `split`; its eos is added here. Raises `CorpusError` for an id out of range."""
         self._splits[split].add(with_eos(token_ids, self._tokenizer.identity))
 
-    def reject(self, rejection: Rejection) -> None:
-        """Note a line that was left out, in `rejected.jsonl`."""
-        self._num_rejected += 1
-        self.first_rejection = self.first_rejection or rejection
-        with (self._partial / REJECTED_FILE).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(rejection)) + "\n")
-
-    @property
-    def num_rejected(self) -> int:
-        """Lines left out so far."""
-        return self._num_rejected
-
     @property
     def num_documents(self) -> int:
         """Documents so far, of all splits."""
@@ -144,7 +126,7 @@ class CorpusWriter:
     def finish(self, sources: dict[str, dict[str, int]], validation_fraction: float) -> dict[str, SplitSummary]:
         """Complete the corpus and give it its name. `sources`: counts (documents, text_bytes) per source name."""
         summaries = {name: writer.close(list(sources)) for name, writer in self._splits.items()}
-        describe_corpus(self._partial, self._tokenizer, validation_fraction, self._num_rejected, sources, summaries)
+        describe_corpus(self._partial, self._tokenizer, validation_fraction, 0, sources, summaries)
         self._partial.rename(self._out)
         self._finished = True
         return summaries

@@ -28,6 +28,30 @@ def num_mpi_processes(environment: Mapping[str, str]) -> int:
     return 1
 
 
+def load_mpi(started: int, instead: str) -> tuple[Any, Any]:
+    """MPI's communicator of all `started` processes, and the key that splits it by host. Initialises MPI.
+
+    Raises `UsageError`, with `instead` as the other way, where there is no mpi4py or MPI library, or mpi4py's MPI is
+    not the one whose launcher was used.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py's wheels look for the library at import
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"an MPI launcher started {started} processes, and mpi4py cannot be loaded ({reason}): pip install "
+            f"'engram-megatron[mpi]' beside your cluster's MPI, or {instead}"
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.Get_size() != started:
+        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+        raise UsageError(
+            f"an MPI launcher started {started} processes, and the MPI that mpi4py uses ({library}) sees "
+            f"{world.Get_size()}: start the ranks with the mpirun of that library, or {instead}"
+        )
+    return world, MPI.COMM_TYPE_SHARED
+
+
 def join_mpi_launch() -> bool:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT if MPI's launcher started this
     process among several, and torchrun did not (RANK is not set). Returns whether it did.
@@ -41,22 +65,8 @@ def join_mpi_launch() -> bool:
     started = num_mpi_processes(os.environ)
     if "RANK" in os.environ or started == 1:
         return False
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py's wheels look for the library at import
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"an MPI launcher started {started} processes, and mpi4py cannot be loaded ({reason}): pip install "
-            "'engram-megatron[mpi]' beside your cluster's MPI, or start the ranks with torchrun"
-        ) from error
-    world = MPI.COMM_WORLD
-    if world.Get_size() != started:
-        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
-        raise UsageError(
-            f"an MPI launcher started {started} processes, and the MPI that mpi4py uses ({library}) sees "
-            f"{world.Get_size()}: start the ranks with the mpirun of that library, or with torchrun"
-        )
-    for name, value in _torchrun_variables(world, MPI.COMM_TYPE_SHARED).items():
+    world, shared_memory = load_mpi(started, "start the ranks with torchrun")
+    for name, value in _torchrun_variables(world, shared_memory).items():
         os.environ.setdefault(name, value)
     return True
 

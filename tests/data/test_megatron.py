@@ -15,10 +15,11 @@ from small_disk import small_disk
 from engram_data import megatron_format
 from engram_data.corpus import Corpus
 from engram_data.corpus_format import ArraySizes
+from engram_data.documents import split_of
 from engram_data.errors import CorpusError
 from engram_data.megatron_export import export_megatron, open_splits
 from engram_data.megatron_format import HEADER, MAGIC, MegatronDataset, token_type
-from engram_data.megatron_import import import_megatron, split_of_ids
+from engram_data.megatron_import import import_megatron
 
 ROOT = Path(__file__).parents[2]
 SMALL_SIZES = ArraySizes(chunk=16, shard=64)
@@ -111,7 +112,7 @@ def test_held_out_documents_depend_on_their_ids_alone(tmp_path: Path, tokenizer)
         take([prefix], tmp_path / f"corpus_{prefix.name}", tokenizer, fraction=0.2)
         held_out.append(sorted(documents_of(tmp_path / f"corpus_{prefix.name}", "validation")))
     assert held_out[0] == held_out[1]
-    expected = [d for d in documents if split_of_ids(np.array(d), 0.2) == "validation"]
+    expected = [d for d in documents if split_of(np.array(d, "<u4").tobytes(), 0.2) == "validation"]
     assert 20 < len(expected) < 60
     assert held_out[0] == sorted([*document, EOS] for document in expected)
 

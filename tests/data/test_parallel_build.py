@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from engram_data.build import BuildProgress, build_corpus
 from engram_data.corpus_format import ArraySizes
 from engram_data.documents import split_of
 from engram_data.errors import CorpusError
-from engram_data.text_source import find_text_files, read_documents
+from engram_data.text_source import Rejection, find_text_files, read_documents
 from engram_data.tokenizer import CorpusTokenizer
 from engram_data.workers import ProcessWorkers
 from engram_data.writer import CorpusWriter
@@ -64,16 +65,21 @@ def build(sources: Path, out: Path, tokenizer: CorpusTokenizer, report=lambda pr
 
 @pytest.fixture
 def expected(tmp_path: Path, sources: Path, tokenizer: CorpusTokenizer) -> dict[str, bytes]:
-    """The files of the corpus, written document by document."""
+    """The files of the corpus, written document by document, and what it tells of rejected lines added."""
     counts = {"documents": 0, "text_bytes": 0}
-    with CorpusWriter(tmp_path / "expected", tokenizer, SIZES) as writer:
-        for document in read_documents(find_text_files([str(sources)]), writer.reject):
+    out = tmp_path / "expected"
+    rejections: list[Rejection] = []
+    with CorpusWriter(out, tokenizer, SIZES) as writer:
+        for document in read_documents(find_text_files([str(sources)]), rejections.append):
             (token_ids,) = tokenizer.encode_batch([document.text])
-            writer.add(token_ids, split_of(document.text, FRACTION))
+            writer.add(token_ids, split_of(document.text.encode(), FRACTION))
             counts["documents"] += 1
             counts["text_bytes"] += len(document.text.encode())
         writer.finish({str(sources): counts}, FRACTION)
-    return files_of(tmp_path / "expected")
+    (out / "rejected.jsonl").write_text("".join(json.dumps(asdict(rejection)) + "\n" for rejection in rejections))
+    summary = json.loads((out / "corpus.json").read_text()) | {"num_rejected": len(rejections)}
+    (out / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return files_of(out)
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 997, UNIT_BYTES, 2**24])

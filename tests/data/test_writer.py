@@ -59,13 +59,13 @@ def test_split_is_by_text_alone(tmp_path: Path, addresses: list[str], tokenizer:
     for split in ("train", "validation"):
         documents = documents_of(out, split, tokenizer)
         assert documents == documents_of(backwards, split, tokenizer)[::-1]
-        assert documents == [text for text in addresses if split_of(text, 0.4) == split]
+        assert documents == [text for text in addresses if split_of(text.encode(), 0.4) == split]
         assert documents
 
 
 def test_held_out_fraction_is_met_and_nested() -> None:
     texts = [f"document {i}" for i in range(20000)]
-    held_out = {f: {text for text in texts if split_of(text, f) == "validation"} for f in (0.0, 0.05, 0.3)}
+    held_out = {f: {text for text in texts if split_of(text.encode(), f) == "validation"} for f in (0.0, 0.05, 0.3)}
     assert not held_out[0.0]
     # A binomial of 20,000: 4 standard deviations are 0.0062 and 0.013.
     assert abs(len(held_out[0.05]) / 20000 - 0.05) < 0.0062
