@@ -103,7 +103,8 @@ def start_local(cores: int) -> StartWorkers:
     return start
 
 
-def print_summary(summary: BuildSummary, out: Path, seconds: float) -> None:
+def print_summary(summary: BuildSummary, out: Path, seconds: float, tokens_before: int) -> None:
+    """`seconds` of this start of the build, which found `tokens_before` of an earlier one."""
     for name, split in summary.splits.items():
         print(
             f"{name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, fingerprint {split.fingerprint}"
@@ -112,14 +113,16 @@ def print_summary(summary: BuildSummary, out: Path, seconds: float) -> None:
     per_token = (
         f"{summary.stored_bytes / total.num_tokens:.2f} bytes ({total.text_bytes / total.num_tokens:.2f} of text)"
     )
-    print(f"{out}: {per_token} per token, {seconds:.1f} s, {total.num_tokens / seconds:,.0f} tokens/s")
+    print(
+        f"{out}: {per_token} per token, {seconds:.1f} s, {(total.num_tokens - tokens_before) / seconds:,.0f} tokens/s"
+    )
     if total.num_rejected:
         print(f"{total.num_rejected:,} lines rejected, see {out / 'rejected.jsonl'}")
 
 
 def build(args: argparse.Namespace, start_workers: StartWorkers) -> int:
     """Returns the exit code."""
-    started = time.monotonic()
+    started, progress = time.monotonic(), ProgressLine(2.0)
     try:
         tokenizer = load_tokenizer(args.tokenizer, args.eos)
         summary = build_corpus(
@@ -127,7 +130,7 @@ def build(args: argparse.Namespace, start_workers: StartWorkers) -> int:
             args.out,
             tokenizer,
             args.validation_fraction,
-            ProgressLine(2.0),
+            progress,
             unit_bytes=int(args.unit_mib * 2**20),
             start_workers=start_workers,
         )
@@ -139,7 +142,8 @@ def build(args: argparse.Namespace, start_workers: StartWorkers) -> int:
         kept = f": {partial} is kept, the same command goes on; to start again remove it" if partial.exists() else ""
         print(f"build_corpus: stopped{kept}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
-    print_summary(summary, args.out, time.monotonic() - started)
+    tokens_before = progress.first.num_tokens if progress.first else 0
+    print_summary(summary, args.out, time.monotonic() - started, tokens_before)
     return 0
 
 
