@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from engram_data.build import BuildProgress, BuildSummary, StartWorkers, build_corpus, in_this_process
-from engram_data.build_folder import partial_folder
 from engram_data.build_plan import UNIT_BYTES
+from engram_data.corpus_format import partial_path
 from engram_data.errors import CorpusError
 from engram_data.mpi_workers import MpiWorkers, serve_rank
 from engram_data.tokenizer import load_tokenizer
@@ -138,7 +138,7 @@ def build(args: argparse.Namespace, start_workers: StartWorkers) -> int:
         print(f"build_corpus: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Terminated) as stop:
-        partial = partial_folder(args.out)
+        partial = partial_path(args.out)
         kept = f": {partial} is kept, the same command goes on; to start again remove it" if partial.exists() else ""
         print(f"build_corpus: stopped{kept}", file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130

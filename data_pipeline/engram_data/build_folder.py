@@ -21,14 +21,9 @@ from types import TracebackType
 from typing import Self
 
 from engram_data.build_plan import BuildPlan
-from engram_data.corpus_format import TOKENIZER_FILE
+from engram_data.corpus_format import TOKENIZER_FILE, partial_path
 from engram_data.errors import CorpusError
 from engram_data.tokenizer import CorpusTokenizer
-
-
-def partial_folder(out: Path) -> Path:
-    """OUT.partial."""
-    return out.with_name(out.name + ".partial")
 
 
 class BuildPaths:
@@ -64,7 +59,7 @@ class BuildFolder:
 
     def __init__(self, out: Path, plan: BuildPlan, tokenizer: CorpusTokenizer) -> None:
         self._out, self._plan, self._tokenizer = out, plan, tokenizer
-        self.paths = BuildPaths(partial_folder(out))
+        self.paths = BuildPaths(partial_path(out))
 
     def __enter__(self) -> Self:
         paths = self.paths

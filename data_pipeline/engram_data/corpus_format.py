@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,11 @@ class TokenizerIdentity:
     sha256: str  # of the tokenizer.json
     vocab_size: int
     eos_token_id: int
+
+
+def partial_path(path: Path) -> Path:
+    """Where the file or folder `path` is written until it is complete."""
+    return path.with_name(path.name + ".partial")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engram_data.corpus import Corpus
-from engram_data.corpus_format import SPLITS
+from engram_data.corpus_format import SPLITS, partial_path
 from engram_data.errors import CorpusError
-from engram_data.megatron_format import MegatronWriter, bin_file, idx_file, partial
+from engram_data.megatron_format import MegatronWriter, bin_file, idx_file
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _check_free(target: Path) -> None:
     for file in (bin_file(target), idx_file(target)):
         if file.exists():
             raise CorpusError(f"{file} exists: choose another prefix, or remove it first")
-        if partial(file).exists():
+        if partial_path(file).exists():
             raise CorpusError(
-                f"{partial(file)} exists: another export writes it, or was killed; in that case remove it"
+                f"{partial_path(file)} exists: another export writes it, or was killed; in that case remove it"
             )

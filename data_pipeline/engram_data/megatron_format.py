@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engram_data.corpus_format import partial_path
 from engram_data.errors import CorpusError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -209,7 +210,7 @@ class MegatronWriter:
         self.dtype = token_type(vocab_size)
         self._files = (bin_file(prefix), idx_file(prefix))  # in this order: a reader looks for the index first
         self._num_documents, self._written, self._num_tokens = num_documents, 0, 0
-        self._bin, self._idx = (partial(file).open("xb") for file in self._files)
+        self._bin, self._idx = (partial_path(file).open("xb") for file in self._files)
         self._idx.write(HEADER.pack(MAGIC, VERSION, type_code(self.dtype), num_documents, num_documents + 1))
 
     def add_tokens(self, tokens: NDArray[Any]) -> None:
@@ -254,17 +255,12 @@ class MegatronWriter:
     def rename(self) -> None:
         """Give both files their names."""
         for file in self._files:
-            partial(file).rename(file)
+            partial_path(file).rename(file)
 
     def abandon(self) -> None:
         """Close and remove what was written."""
         for stream, file in zip((self._bin, self._idx), self._files, strict=True):
             with suppress(OSError):  # closing writes what is buffered, and fails again on a full disk
                 stream.close()
-            partial(file).unlink(missing_ok=True)
+            partial_path(file).unlink(missing_ok=True)
             file.unlink(missing_ok=True)
-
-
-def partial(file: Path) -> Path:
-    """Where `file` is written before it has its name."""
-    return file.with_name(file.name + ".partial")

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from engram_data.corpus_format import partial_path
 from engram_data.errors import CorpusError
 from engram_data.text_source import Rejection, find_text_files, read_documents
 
@@ -69,7 +70,7 @@ def train_tokenizer_file(sources: list[str], out: Path, vocab_size: int) -> Trai
             yield document.text
 
     content = train_tokenizer(texts(), vocab_size).encode("utf-8")
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_path(out)
     try:
         partial.write_bytes(content)
         partial.rename(out)

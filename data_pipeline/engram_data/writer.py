@@ -20,6 +20,7 @@ from engram_data.corpus_format import (
     TOKEN_SIZES,
     ArraySizes,
     TokenizerIdentity,
+    partial_path,
     token_dtype,
 )
 from engram_data.corpus_metadata import SplitSummary, describe_corpus, describe_split
@@ -84,7 +85,7 @@ class CorpusWriter:
 
     def __init__(self, out: Path, tokenizer: CorpusTokenizer, token_sizes: ArraySizes = TOKEN_SIZES) -> None:
         self._out = out
-        self._partial = out.with_name(out.name + ".partial")
+        self._partial = partial_path(out)
         self._tokenizer, self._token_sizes = tokenizer, token_sizes
         self._finished = False
 
