@@ -221,9 +221,9 @@ def test_program_converts_and_tells_mistakes_in_one_line(tmp_path: Path, tokeniz
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, tokenizer) -> None:
-    long = write_dataset(tmp_path / "long", [[RANDOM.integers(2, 512, 100_000).tolist()] for _ in range(4)])
+    long = write_dataset(tmp_path / "long", [[RANDOM.integers(2, 512, 20_000).tolist()] for _ in range(4)])
     take([long], tmp_path / "corpus", tokenizer)
-    with small_disk(tmp_path / "disk", "300k") as disk:
+    with small_disk(tmp_path / "disk", "60k") as disk:
         with pytest.raises(CorpusError, match=r"cannot write .*mine: No space left on device"):
             export(tmp_path / "corpus", disk / "mine")
         with pytest.raises(CorpusError, match="cannot write"):
